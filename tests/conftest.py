@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 
@@ -21,3 +24,19 @@ def shared() -> Path:
     if folder is None:
         pytest.skip("needs the folder of real inputs (shared/ beside the repository, or $FLAXQWEN_SHARED)")
     return folder
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh random inputs at every run; the seed is in the report of a test that fails."""
+    seed = int(os.environ.get("FLAXQWEN_TEST_SEED", int.from_bytes(os.urandom(4), "little")))
+    request.node.user_properties.append(("seed", seed))
+    print(f"FLAXQWEN_TEST_SEED={seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(autouse=True)
+def highest_precision() -> Iterator[None]:
+    """Parity is measured in float32 products: TPUs and some GPUs take shortcuts by default."""
+    with jax.default_matmul_precision("highest"):
+        yield

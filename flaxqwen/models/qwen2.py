@@ -1,0 +1,348 @@
+"""Qwen2 and Qwen2.5: the decoder, its causal language model, and the parts they are made of.
+
+Names of modules and parameters are those of transformers/models/qwen2/modeling_qwen2.py, so that the parameter tree is
+the checkpoint. Everything is a pure function of params, inputs and cache.
+
+Axes: B batch, T new tokens, S cache capacity, M columns of a mask, D model, N query heads, K key/value heads,
+H head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from flaxqwen.cache import KVCache, LayerCache
+from flaxqwen.config import Qwen2Config
+from flaxqwen.models.losses import causal_lm_loss
+from flaxqwen.models.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from flaxqwen.ops.activations import ACTIVATION
+from flaxqwen.ops.attention import Visibility, attend, attend_in_blocks
+from flaxqwen.ops.linear import Embed, Linear
+from flaxqwen.ops.norm import RMSNorm
+from flaxqwen.ops.rotary import rotary_embedding, rotate
+
+
+class Qwen2MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), gated by the activation of the config (SwiGLU, Shazeer 2020)."""
+
+    config: Qwen2Config
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        common = {"stddev": config.initializer_range, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.gate_proj = Linear(config.intermediate_size, **common)
+        self.up_proj = Linear(config.intermediate_size, **common)
+        self.down_proj = Linear(config.hidden_size, **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]."""
+        gate = ACTIVATION[self.config.hidden_act](self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Qwen2Attention(nn.Module):
+    """Grouped-query attention; q, k and v have a bias, o has none."""
+
+    config: Qwen2Config
+    layer_index: int
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        common = {"stddev": config.initializer_range, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.q_proj = Linear(N * H, use_bias=True, **common)
+        self.k_proj = Linear(K * H, use_bias=True, **common)
+        self.v_proj = Linear(K * H, use_bias=True, **common)
+        self.o_proj = Linear(config.hidden_size, **common)
+        self.dropout = nn.Dropout(config.attention_dropout)
+        sliding = config.layer_types[self.layer_index] == "sliding_attention"
+        self.window = config.sliding_window if sliding else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        visibility: Visibility,
+        cache: KVCache | None,
+        output_attentions: bool,
+        deterministic: bool,
+    ) -> tuple[jax.Array, LayerCache, jax.Array | None]:
+        """x [B, T, D], rope (cos, sin) each [B, T, H] -> ([B, T, D], this layer's cache with T more, weights or None).
+
+        Without a cache the new keys and values are the whole of it.
+        """
+        B, T, _ = x.shape
+        H = self.config.head_dim
+        query = rotate(self.q_proj(x).reshape(B, T, -1, H), *rope)
+        key = rotate(self.k_proj(x).reshape(B, T, -1, H), *rope).swapaxes(1, 2)  # [B, K, T, H]
+        value = self.v_proj(x).reshape(B, T, -1, H).swapaxes(1, 2)
+        if cache is None:
+            filled = readable = LayerCache(key, value)
+        else:
+            filled = cache.layers[self.layer_index].append(key, value, cache.length)
+            readable = jax.tree.map(lambda a: a[:, :, : cache.readable].astype(x.dtype), filled)
+        heads = (query, readable.key, readable.value, visibility, self.window)
+        drop = not deterministic and self.config.attention_dropout > 0
+        weights = None
+        if output_attentions or drop:
+            y, weights = attend(*heads, dropout=lambda w: self.dropout(w, deterministic=not drop))
+        else:
+            y = attend_in_blocks(*heads)
+        return self.o_proj(y.reshape(B, T, -1)), filled, weights if output_attentions else None
+
+
+class Qwen2DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    config: Qwen2Config
+    layer_index: int
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        self.input_layernorm = RMSNorm(config.rms_norm_eps, self.param_dtype)
+        self.self_attn = Qwen2Attention(config, self.layer_index, *dtypes)
+        self.post_attention_layernorm = RMSNorm(config.rms_norm_eps, self.param_dtype)
+        self.mlp = Qwen2MLP(config, *dtypes)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        visibility: Visibility,
+        cache: KVCache | None,
+        output_attentions: bool,
+        deterministic: bool,
+    ) -> tuple[jax.Array, LayerCache, jax.Array | None]:
+        """As Qwen2Attention: x [B, T, D] -> ([B, T, D], LayerCache, attention weights or None)."""
+        y, filled, weights = self.self_attn(
+            self.input_layernorm(x), rope, visibility, cache, output_attentions, deterministic
+        )
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), filled, weights
+
+
+class Qwen2Model(nn.Module):
+    """The decoder without a head.
+
+    config: geometry and rope.
+    dtype: compute dtype; None computes in the dtype of the parameters.
+    param_dtype: dtype in which `init` creates parameters.
+    """
+
+    config: Qwen2Config
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, config.initializer_range, *dtypes)
+        self.layers = [Qwen2DecoderLayer(config, i, *dtypes) for i in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: jax.Array | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run the layers over new tokens.
+
+        Args:
+          input_ids: [B, T] int. Exactly one of this and inputs_embeds.
+          attention_mask: [B, M] of 0 and 1 over cache slots, M at least the slots in use (T without a cache); or
+            [B, 1 or N, T, M], bool (True: visible) or float (added to the scores), used as it is.
+          position_ids: [B, T] int; default: on from the cache's length. Not derived from the mask, as in Transformers.
+          past_key_values: the cache to continue. Its capacity must hold T more tokens: XLA clamps what does not fit.
+          inputs_embeds: [B, T, D].
+          use_cache: return past_key_values. Default: config.use_cache, and False when training (deterministic=False)
+            or packed. Without past_key_values the returned cache has room for just these T tokens.
+          output_attentions, output_hidden_states, return_dict: as in Transformers; defaults from the config.
+          cache_position: [T] int, consecutive: the slots that the new tokens take. Default: at the cache's length.
+          segment_ids: [B, T] int, for packed rows: a token sees its own segment only. Give position_ids with it.
+          deterministic: False applies attention dropout (needs a "dropout" rng).
+
+        Raises:
+          ValueError: both or none of input_ids and inputs_embeds; a mask whose shape does not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        config = self.config
+        use_cache = _default(use_cache, config.use_cache and deterministic and segment_ids is None)
+        output_attentions = _default(output_attentions, config.output_attentions)
+        output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
+
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x.astype(self.dtype or self.embed_tokens.weight.dtype)
+        cache, T = past_key_values, x.shape[1]
+        if cache is not None and cache_position is not None:
+            cache = cache.replace(length=jnp.broadcast_to(cache_position[0], cache.length.shape).astype(jnp.int32))
+        slots = token_slots(cache, T)
+        if position_ids is None:
+            position_ids = slots if cache_position is None else cache_position[None]
+        position_ids = jnp.broadcast_to(position_ids, (x.shape[0], T))
+        visibility = make_visibility(config, attention_mask, slots, cache, segment_ids)
+        rope = rotary_embedding(config, position_ids, x.dtype)
+
+        hidden_states, attentions, filled = [], [], []
+        for layer in self.layers:
+            hidden_states.append(x)
+            x, layer_cache, weights = layer(x, rope, visibility, cache, output_attentions, deterministic)
+            filled.append(layer_cache)
+            attentions.append(weights)
+        x = self.norm(x)
+        hidden_states.append(x)
+
+        if not use_cache:
+            cache = None
+        elif cache is None:
+            cache = KVCache(tuple(filled), jnp.full((x.shape[0],), T, jnp.int32))
+        else:
+            cache = cache.replace(layers=tuple(filled), length=cache.length + T)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return output if _default(return_dict, config.return_dict) else output.to_tuple()
+
+
+class Qwen2ForCausalLM(nn.Module):
+    """The decoder with a language-model head, tied to the embedding when the config says so. Fields as Qwen2Model."""
+
+    config: Qwen2Config
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        self.model = Qwen2Model(config, *dtypes)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.vocab_size, False, config.initializer_range, *dtypes)
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: jax.Array | None = None,
+        labels: jax.Array | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: jax.Array | None = None,
+        logits_to_keep: int | jax.Array = 0,
+        num_logits_to_keep: int | None = None,
+        segment_ids: jax.Array | None = None,
+        shift_labels: jax.Array | None = None,
+        num_items_in_batch: ArrayLike | None = None,
+        deterministic: bool = True,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Run the decoder and its head. Arguments as Qwen2Model's, and:
+
+        Args:
+          labels: [B, T] int; moved by one here, -100 is ignored. All ignored gives NaN, as in Transformers.
+          logits_to_keep: n keeps the last n positions (0: all); [P] or [B, P] int keeps those positions.
+          num_logits_to_keep: its older name.
+          shift_labels: [B, T] int, already moved; used in place of labels, which then only ask for the loss.
+          num_items_in_batch: divides the summed loss (gradient accumulation).
+
+        Raises:
+          ValueError: as Qwen2Model; a bool logits_to_keep, whose result would have no static shape.
+        """
+        output = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_attentions,
+            output_hidden_states, True, cache_position, segment_ids, deterministic,
+        )  # fmt: skip
+        if num_logits_to_keep is not None:
+            logits_to_keep = num_logits_to_keep
+        x = keep_positions(output.last_hidden_state, logits_to_keep)
+        logits = self.model.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result if _default(return_dict, self.config.return_dict) else result.to_tuple()
+
+
+def keep_positions(x: jax.Array, keep: int | jax.Array) -> jax.Array:
+    """The positions of x [B, T, D] whose logits are wanted: see logits_to_keep of Qwen2ForCausalLM."""
+    if isinstance(keep, int):
+        return x[:, -keep:] if keep else x
+    if keep.dtype == bool:
+        raise ValueError("logits_to_keep is bool: its result has no static shape; give the positions as integers")
+    if keep.ndim == 1:
+        return x[:, keep]
+    return jnp.take_along_axis(x, keep[..., None], axis=1)
+
+
+def token_slots(cache: KVCache | None, T: int) -> jax.Array:
+    """[B, T] (without a cache [1, T]) int32: the cache slots that T new tokens take."""
+    new = jnp.arange(T, dtype=jnp.int32)[None]
+    return new if cache is None else cache.length[:, None] + new
+
+
+def make_visibility(
+    config: Qwen2Config,
+    attention_mask: jax.Array | None,
+    slots: jax.Array,
+    cache: KVCache | None,
+    segment_ids: jax.Array | None,
+) -> Visibility:
+    """Who sees whom, from the caller's mask [B, M] or [B, 1 or N, T, M] and the slots [B, T] of the new tokens."""
+    T = slots.shape[1]
+    readable, capacity = (T, T) if cache is None else (cache.readable, cache.capacity)
+    if segment_ids is not None and cache is not None:
+        raise ValueError("segment_ids is for whole packed rows; it cannot go with past_key_values")
+    if attention_mask is None:
+        return Visibility(slots, None, segment_ids, segment_ids)
+    shape, columns = attention_mask.shape, attention_mask.shape[-1]
+    if attention_mask.ndim not in (2, 4) or not T <= columns <= capacity:
+        raise ValueError(
+            f"attention_mask has shape {shape}; expected [batch, slots] or [batch, 1 or heads, {T}, slots] "
+            f"with {T} to {capacity} slots (the tokens seen so far and the {T} new ones)"
+        )
+    missing = readable - columns  # slots past the mask are the future, which causality hides
+    if attention_mask.ndim == 2:
+        mask = attention_mask.astype(bool)[:, :readable]
+        mask = jnp.pad(mask, ((0, 0), (0, max(missing, 0))), constant_values=True)
+        return Visibility(slots, mask, segment_ids, segment_ids)
+    if shape[1] not in (1, config.num_attention_heads) or shape[2] != T:
+        raise ValueError(
+            f"attention_mask has shape {shape}; expected [batch, 1 or {config.num_attention_heads}, {T}, slots]"
+        )
+    if attention_mask.dtype != bool and not jnp.issubdtype(attention_mask.dtype, jnp.floating):
+        raise ValueError(f"a 4D attention_mask is bool (True: visible) or float (added), not {attention_mask.dtype}")
+    hidden = False if attention_mask.dtype == bool else -jnp.inf
+    full = jnp.pad(attention_mask[..., :readable], ((0, 0),) * 3 + ((0, max(missing, 0)),), constant_values=hidden)
+    return Visibility(slots, full=full)
+
+
+def _default(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
