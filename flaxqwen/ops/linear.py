@@ -6,6 +6,8 @@ weight to float32, then dot" unless the conversion fuses into the dot.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ def _contract_one_row_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
     pieces = -(-x.shape[-1] // (MAX_FUSED_CONTRACTION - 1))
     bounds = [x.shape[-1] * i // pieces for i in range(pieces + 1)]
     y = None
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         part = x[..., start:stop].astype(jnp.float32) @ weight[:, start:stop].astype(jnp.float32).T
         # The barrier keeps the dot from fusing into an add, which would bring the converted copy back.
         part = jax.lax.optimization_barrier(part)

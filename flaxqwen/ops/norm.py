@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., D]. Normalised in float32, cast to x's dtype, and only then scaled, as Transformers does."""
+        """x [..., D] -> [..., D]: normalised in float32, cast to x's dtype, then scaled, as in Transformers."""
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)

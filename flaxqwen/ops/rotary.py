@@ -78,7 +78,7 @@ def _dynamic(rope: RopeParameters, dim: int, trained: int, position_ids: jax.Arr
 
 
 def _yarn(rope: RopeParameters, dim: int, max_positions: int) -> tuple[np.ndarray, float]:
-    """High frequencies are kept, low ones divided by the factor, with a linear ramp between. Applies at every length."""
+    """High frequencies are kept, low ones divided by the factor, a linear ramp between. Applies at every length."""
     original = rope.original_max_position_embeddings
     assert original is not None
     factor = rope.factor if rope.factor is not None else max_positions / original

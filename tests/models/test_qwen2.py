@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,7 +131,7 @@ def test_cache(variant, side, rng):
     apply = jax.jit(lambda ids, mask, cache: module.apply({"params": params}, ids, mask, past_key_values=cache))
     for cuts in ([0, T], [0, 7, 8, T], list(range(T + 1))):
         cache, logits = init_cache(module.config, B, 32, jnp.float32), []
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in pairwise(cuts):
             padded = np.pad(mask[:, :stop], ((0, 0), (0, 32 - stop)))
             output = apply(ids[:, start:stop], padded, cache)
             cache = output.past_key_values

@@ -1,0 +1,174 @@
+"""The compiled programs of generation: prefill, and a chunk of decoding steps under one `lax.scan`.
+
+Both are pure: the state goes in, donated, and comes out. Static are the module, the shapes, the number of steps and the
+filled-length bound that attention reads; everything else is traced, so that no value compiles a second time.
+
+Axes: B batch, T prompt tokens (padded to a bucket), S cache capacity, W columns of the sequence buffer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from flaxqwen.cache import KVCache, init_cache
+from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, process
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """The scan's carry.
+
+    cache: keys and values of every token but the newest.
+    slot_mask: [B, S] bool, False at padding; None when there is none.
+    input_ids: [B, W] int32, the sequences as Transformers lays them out: left-padded prompt, then the new tokens.
+    cur_len: int32 scalar, columns of input_ids that are filled.
+    position: [B] int32, position id of the newest token.
+    finished: [B] bool, rows that have had an end-of-sequence token.
+    """
+
+    cache: KVCache
+    slot_mask: jax.Array | None
+    input_ids: jax.Array
+    cur_len: jax.Array
+    position: jax.Array
+    finished: jax.Array
+
+
+@flax.struct.dataclass
+class StepOutput:
+    """What steps give the host: tokens [steps, B], and, if asked for, processed scores and raw logits [steps, B, V]."""
+
+    tokens: jax.Array
+    scores: jax.Array | None = None
+    logits: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Prompt:
+    """The part of the prompts that the cache does not hold yet, padded on the right to a bucket.
+
+    tokens, position_ids: [B, T] int32.
+    slot_mask: [B, S] bool over cache slots, or None.
+    input_ids: [B, W] int32, the whole sequences so far; cur_len: int32 scalar, their length.
+    last: int32 scalar, index into tokens of the last real one.
+    """
+
+    tokens: ArrayLike
+    position_ids: ArrayLike
+    slot_mask: ArrayLike | None
+    input_ids: ArrayLike
+    cur_len: ArrayLike
+    last: ArrayLike
+
+
+@partial(
+    jax.jit, static_argnames=("module", "capacity", "copies", "keep_scores", "keep_logits"), donate_argnames="cache"
+)
+def prefill(
+    module: nn.Module,
+    params: Params,
+    prompt: Prompt,
+    choice: TokenChoice,
+    cache: KVCache | None,
+    *,
+    capacity: int,
+    copies: int,
+    keep_scores: bool,
+    keep_logits: bool,
+) -> tuple[DecodeState, StepOutput]:
+    """Run the prompts and choose the first token.
+
+    Args:
+      module, params: a causal language model.
+      prompt: see Prompt.
+      choice: how the token is chosen.
+      cache: to continue (donated), or None for a new one of `capacity` slots.
+      copies: continuations per prompt; the prompt runs once and its cache is repeated.
+      keep_scores, keep_logits: whether StepOutput has them.
+    """
+    tokens = jnp.asarray(prompt.tokens)
+    if cache is None:
+        dtype = module.dtype or params["model"]["embed_tokens"]["weight"].dtype
+        cache = init_cache(module.config, tokens.shape[0], capacity, dtype).replace(bound=tokens.shape[1])
+    start = cache.length
+    output = module.apply(
+        {"params": params},
+        tokens,
+        attention_mask=prompt.slot_mask,
+        position_ids=prompt.position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=jnp.asarray(prompt.last)[None],
+        return_dict=True,
+    )
+    # What was written after the last real token is out of sight, and overwritten step by step.
+    cache = output.past_key_values.replace(length=start + prompt.last + 1)
+    position = jnp.asarray(prompt.position_ids)[:, prompt.last]
+    rows = (cache, prompt.slot_mask, prompt.input_ids, position, output.logits[:, 0])
+    cache, slot_mask, input_ids, position, logits = _repeat(rows, copies)
+    finished = jnp.zeros(logits.shape[0], bool)
+    state = DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished)
+    state, output = _extend(state, choice, logits, keep_scores, keep_logits)
+    return state, jax.tree.map(lambda a: a[None], output)
+
+
+@partial(jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits"), donate_argnames="state")
+def decode(
+    module: nn.Module,
+    params: Params,
+    state: DecodeState,
+    choice: TokenChoice,
+    *,
+    steps: int,
+    keep_scores: bool,
+    keep_logits: bool,
+) -> tuple[DecodeState, StepOutput]:
+    """`steps` decoding steps under one scan. state.cache.bound covers the last of them."""
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
+        # Ties the weights to the carry: else XLA hoists float32 copies of bfloat16 weights out of the loop on CPU
+        # (1,980 MB of temporaries at 0.5B).
+        weights, state = jax.lax.optimization_barrier((params, state))
+        newest = jax.lax.dynamic_slice_in_dim(state.input_ids, state.cur_len - 1, 1, axis=1)
+        output = module.apply(
+            {"params": weights},
+            newest,
+            attention_mask=state.slot_mask,
+            position_ids=state.position[:, None],
+            past_key_values=state.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        state = state.replace(cache=output.past_key_values)
+        return _extend(state, choice, output.logits[:, 0], keep_scores, keep_logits)
+
+    return jax.lax.scan(step, state, None, length=steps)
+
+
+def _extend(
+    state: DecodeState, choice: TokenChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool
+) -> tuple[DecodeState, StepOutput]:
+    """Choose the next token of each row from logits [B, V], and append it."""
+    logits = logits.astype(jnp.float32)
+    scores = process(choice, state.input_ids, logits, state.cur_len)
+    position = state.position + 1
+    tokens, finished = fill_finished(choice, choose(choice, scores, position), state.finished)
+    input_ids = jax.lax.dynamic_update_slice_in_dim(state.input_ids, tokens[:, None], state.cur_len, axis=1)
+    state = state.replace(input_ids=input_ids, cur_len=state.cur_len + 1, position=position, finished=finished)
+    return state, StepOutput(tokens, scores if keep_scores else None, logits if keep_logits else None)
+
+
+def _repeat(rows: Any, copies: int) -> Any:
+    """Each row `copies` times, next to itself."""
+    if copies == 1:
+        return jax.tree.map(jnp.asarray, rows)
+    return jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a), copies, axis=0), rows)

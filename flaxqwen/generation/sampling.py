@@ -1,0 +1,65 @@
+"""Choosing the next token: processors, then argmax or a draw. Pure, and apart from the loop.
+
+Axes: B batch, S columns of the sequence buffer, V vocabulary, E end-of-sequence ids.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from flaxqwen.generation.processors import LogitsProcessor
+
+
+@flax.struct.dataclass
+class TokenChoice:
+    """How the next token is chosen. Values are traced; which processors there are, and do_sample, are static.
+
+    processors: applied in order.
+    eos_ids: [E] int32, filled up with processors.NO_ID; all NO_ID: nothing ends a row.
+    pad_id: int32, what finished rows are filled with.
+    seed: uint32, of all draws.
+    do_sample: draw, or take the highest score.
+    """
+
+    processors: tuple[LogitsProcessor, ...]
+    eos_ids: ArrayLike
+    pad_id: ArrayLike
+    seed: ArrayLike
+    do_sample: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def process(choice: TokenChoice, input_ids: jax.Array, logits: jax.Array, cur_len: ArrayLike) -> jax.Array:
+    """Scores [B, V] float32 from logits [B, V], given the first cur_len columns of input_ids [B, S]."""
+    scores = logits.astype(jnp.float32)
+    for processor in choice.processors:
+        scores = processor(input_ids, scores, cur_len)
+    return scores
+
+
+def choose(choice: TokenChoice, scores: jax.Array, position: jax.Array) -> jax.Array:
+    """[B] int32: the next token of each row, from scores [B, V].
+
+    Draws are Gumbel-max with a key of the row's own, folded by the token's position [B] in its row: a row's text does
+    not depend on what else is in the batch, on padding, or on how the steps are cut into programs.
+    """
+    if not choice.do_sample:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    base = jax.random.key(choice.seed)
+
+    def draw(row: jax.Array, at: jax.Array, row_scores: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(base, row), at)
+        return jax.random.categorical(key, row_scores)
+
+    return jax.vmap(draw)(jnp.arange(scores.shape[0]), position, scores).astype(jnp.int32)
+
+
+def fill_finished(choice: TokenChoice, tokens: jax.Array, finished: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Finished rows take the pad id; a row is finished once it has an end-of-sequence id, which itself is kept.
+
+    tokens [B] int32, finished [B] bool -> the same, after this token.
+    """
+    tokens = jnp.where(finished, jnp.asarray(choice.pad_id, jnp.int32), tokens)
+    return tokens, finished | jnp.isin(tokens, jnp.asarray(choice.eos_ids))
