@@ -5,6 +5,8 @@ Axes: B batch, T new tokens, S cache capacity, K key/value heads, H head dim.
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -80,6 +82,18 @@ class KVCache:
             return self
         layers, length = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), (self.layers, self.length))
         return self.replace(layers=layers, length=length)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def grow_cache(cache: KVCache, *, capacity: int) -> KVCache:
+    """`KVCache.grow` as one program."""
+    return cache.grow(capacity)
+
+
+@partial(jax.jit, static_argnames="copies")
+def repeat_cache(cache: KVCache, *, copies: int) -> KVCache:
+    """`KVCache.repeat` as one program."""
+    return cache.repeat(copies)
 
 
 def init_cache(config: Qwen2Config, batch_size: int, capacity: int, dtype: DTypeLike) -> KVCache:

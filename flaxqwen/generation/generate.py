@@ -11,7 +11,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from flaxqwen.cache import KVCache
+from flaxqwen.cache import KVCache, grow_cache, repeat_cache
 from flaxqwen.config import Qwen2Config
 from flaxqwen.generation import loop
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig, resolve
@@ -194,7 +193,7 @@ def run(
         rows = Inputs(
             *(np.repeat(a, copies, axis=0) for a in (request.input_ids, request.attention_mask)), request.cached
         )
-        request, cache, copies = rows, _repeat(cache, copies=copies), 1
+        request, cache, copies = rows, repeat_cache(cache, copies=copies), 1
     length = request.input_ids.shape[1]
     steps, ahead = CHUNK.get(_platform(model.params), DEFAULT_CHUNK)
     tokens = bucket(length - request.cached, SMALLEST_PROMPT)
@@ -203,7 +202,8 @@ def run(
     if cache is not None:
         capacity = max(capacity, cache.capacity)
         bound = min(bucket(request.cached + tokens, SMALLEST_CACHE), capacity)
-        cache = _grow(cache, capacity=capacity).replace(bound=bound)
+        cache = cache if cache.capacity == capacity else grow_cache(cache, capacity=capacity)
+        cache = cache.replace(bound=bound)
     keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
     choice = make_choice(request, options, copies)
     prompt = make_prompt(request, tokens, capacity)
@@ -289,14 +289,20 @@ def check_input_ids(ids: ArrayLike, config: Qwen2Config) -> np.ndarray:
         raise ValueError(f"the prompt is empty: input_ids has shape {array.shape}; give at least one token")
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"input_ids is {array.dtype}; expected integers")
-    if array.min() < 0 or array.max() >= config.vocab_size:
-        wrong = array[(array < 0) | (array >= config.vocab_size)][0]
-        raise ValueError(f"token id {wrong} is out of the vocabulary: expected 0 to {config.vocab_size - 1}")
+    check_token_ids(array, config)
     if array.shape[1] > config.context_length:
         raise ValueError(
             f"the prompt has {array.shape[1]} tokens, the model's context is {config.context_length}: shorten it"
         )
     return array.astype(np.int32)
+
+
+def check_token_ids(ids: ArrayLike, config: Qwen2Config) -> None:
+    """ValueError for a token id that the embedding has no row for: XLA would clamp it in silence."""
+    array = np.asarray(ids)
+    outside = array[(array < 0) | (array >= config.vocab_size)]
+    if outside.size:
+        raise ValueError(f"token id {outside[0]} is out of the vocabulary: expected 0 to {config.vocab_size - 1}")
 
 
 def check_attention_mask(mask: ArrayLike | None, ids: np.ndarray, options: ResolvedConfig) -> np.ndarray:
@@ -351,17 +357,3 @@ def _cached_length(cache: KVCache | None, ids: np.ndarray) -> int:
 
 def _platform(params: Any) -> str:
     return next(iter(jax.tree.leaves(params)[0].devices())).platform
-
-
-@partial(jax.jit, static_argnames="capacity")
-def _pad_cache(cache: KVCache, *, capacity: int) -> KVCache:
-    return cache.grow(capacity)
-
-
-def _grow(cache: KVCache, *, capacity: int) -> KVCache:
-    return cache if cache.capacity == capacity else _pad_cache(cache, capacity=capacity)
-
-
-@partial(jax.jit, static_argnames="copies")
-def _repeat(cache: KVCache, *, copies: int) -> KVCache:
-    return cache.repeat(copies)
