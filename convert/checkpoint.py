@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
+
 from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.msgpack_file import read_msgpack
 from flaxqwen.convert.names import Layout, from_linen, layout_of, to_name
@@ -94,7 +95,7 @@ class Checkpoint:
         if name.endswith((".bin", ".bin.index.json")):
             return self._read_files(lambda file: (read_torch(file), {}))[0]
         tensors, metadata = self._read_files(read_safetensors)
-        if metadata.get("format") != "flax":
+        if metadata.get("format") != "flax" and not name.startswith("flax_model"):
             return tensors
         leaves = {tuple(name.split(SEPARATOR)): tensor for name, tensor in tensors.items()}
         return self._from_flax(leaves, layout_of(leaves))
@@ -170,7 +171,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: has no weight_map of tensor names to files")
     for shard in set(weight_map.values()):
         # The name is judged, not where it leads: in a hub's cache every file is a link to ../../blobs.
-        if "\\" in shard or PurePosixPath(shard).name != shard:
+        if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
             raise CheckpointError(f"{path}: names {shard!r} as a shard, which is outside the folder: refused")
     return weight_map
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
-from flaxqwen.convert.errors import CheckpointError
 from numpy.typing import DTypeLike
+
+from flaxqwen.convert.errors import CheckpointError
 
 # Names in a safetensors header, https://github.com/huggingface/safetensors (README, "Format").
 SAFETENSORS: dict[str, np.dtype] = {

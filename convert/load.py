@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
+
 from flaxqwen.convert.checkpoint import Checkpoint
 from flaxqwen.convert.dtypes import is_weight_dtype, weight_dtype, weight_dtype_names
 from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.names import EMBEDDING, HEAD, Path, base_prefix, is_ignored, to_name, with_prefix
 from flaxqwen.convert.progress import Report
-from flaxqwen.convert.tensors import Tensor, cast, checked_chunks
-from numpy.typing import DTypeLike
+from flaxqwen.convert.tensors import CheckedTensor, Tensor, cast
 
 # XLA's CPU backend takes host memory without a copy when it is aligned so.
 ALIGNMENT = 64
@@ -122,7 +123,6 @@ def read_array(name: str, tensor: Tensor) -> np.ndarray:
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     flat = memory[start : start + size].view(tensor.dtype)
-    # Checked chunk by chunk while it is in the cache: a pass of its own would read the memory once more.
-    for _ in checked_chunks(name, tensor, flat):
+    for _ in CheckedTensor(tensor, name).chunks(flat):
         pass
     return flat.reshape(tensor.shape)

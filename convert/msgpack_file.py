@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgpack
 import numpy as np
+
 from flaxqwen.convert.dtypes import BY_NAME
 from flaxqwen.convert.errors import CheckpointError
-from flaxqwen.convert.names import Path, to_name
-from flaxqwen.convert.tensors import MappedFile, StoredTensor, Tensor, checked_chunks
+from flaxqwen.convert.names import Path
+from flaxqwen.convert.staging import Writer
+from flaxqwen.convert.tensors import MappedFile, StoredTensor, Tensor
 
 ARRAY = 1  # flax's extension type of an array
 CHUNKED = "__msgpack_chunked_array__"
@@ -148,33 +150,32 @@ class _Reader:
         return StoredTensor(self.file, (extent,), shape, BY_NAME[name])
 
 
-def write_msgpack(out: BinaryIO, tensors: Mapping[Path, Tensor]) -> Iterator[Path]:
-    """Write a tree as flax does, byte for byte; yields each tensor's path before its values are written."""
+def write_msgpack(out: Writer, tensors: Mapping[Path, Tensor]) -> None:
+    """Write a tree as flax does, byte for byte, tensor by tensor."""
     tree: dict[str, Any] = {}
     for path in sorted(tensors):  # flax goes through jax.tree_util, which sorts the keys of dicts
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
         node[path[-1]] = path
-    yield from _write_node(out, tree, tensors)
+    _write_node(out, tree, tensors)
 
 
-def _write_node(out: BinaryIO, node: Any, tensors: Mapping[Path, Tensor]) -> Iterator[Path]:
+def _write_node(out: Writer, node: Any, tensors: Mapping[Path, Tensor]) -> None:
     if isinstance(node, tuple):
-        yield node
-        _write_tensor(out, node, tensors[node])
+        _write_tensor(out, tensors[node])
         return
     pack = msgpack.Packer()
     out.write(pack.pack_map_header(len(node)))
     for key, child in node.items():
         out.write(pack.pack(key))
-        yield from _write_node(out, child, tensors)
+        _write_node(out, child, tensors)
 
 
-def _write_tensor(out: BinaryIO, path: Path, tensor: Tensor) -> None:
+def _write_tensor(out: Writer, tensor: Tensor) -> None:
     """One array, in the pieces that flax makes of a large one."""
     size, item = math.prod(tensor.shape), tensor.dtype.itemsize
-    chunks = (chunk.view("u1") for chunk in checked_chunks(to_name(path), tensor))
+    chunks = (chunk.view("u1") for chunk in tensor.chunks())
     if size * item <= MAX_ARRAY:
         out.write(_array_header(tensor.shape, tensor.dtype))
         for chunk in chunks:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 from flaxqwen.convert.dtypes import SAFETENSORS, SAFETENSORS_NAME
 from flaxqwen.convert.errors import CheckpointError
-from flaxqwen.convert.tensors import MappedFile, StoredTensor, Tensor, checked_chunks
+from flaxqwen.convert.staging import Writer
+from flaxqwen.convert.tensors import MappedFile, StoredTensor, Tensor
 
 # As the format's own reader: a longer header is a broken length.
 MAX_HEADER = 100_000_000
@@ -80,7 +81,7 @@ def _check_entry(file: MappedFile, name: str, entry: Any) -> dict[str, Any]:
     def is_size(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise CheckpointError(f"{file.path}: tensor {name!r} has no proper dtype, shape and data_offsets: {entry!r}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SAFETENSORS:
@@ -99,27 +100,26 @@ def _check_entry(file: MappedFile, name: str, entry: Any) -> dict[str, Any]:
     return entry
 
 
-def write_safetensors(out: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[str]:
-    """Write a safetensors file tensor by tensor; yields each tensor's name before its values are written.
+def write_safetensors(out: Writer, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, tensor by tensor.
 
-    Tensors stand as the format's own writer puts them, the widest dtype first and then by name, so that every value is
-    aligned and the same tensors give the same file.
+    Tensors stand as the format's own writer puts them, the widest dtype first and then by name: every value is
+    aligned, and the same tensors give the same file.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, tensor in ordered:
-        end = at + math.prod(tensor.shape) * tensor.dtype.itemsize
+        offsets = [at, at + tensor.nbytes]
         header[name] = {
             "dtype": SAFETENSORS_NAME[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [at, end],
+            "data_offsets": offsets,
         }
-        at = end
+        at = offsets[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     out.write(len(text).to_bytes(8, "little") + text)
-    for name, tensor in ordered:
-        yield name
-        for chunk in checked_chunks(name, tensor):
+    for _, tensor in ordered:
+        for chunk in tensor.chunks():
             out.write(chunk.view("u1").data)

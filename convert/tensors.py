@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
 from flaxqwen.convert.dtypes import all_finite, is_weight_dtype
 from flaxqwen.convert.errors import CheckpointError
 
@@ -135,12 +136,13 @@ class StoredTensor:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop of the first axis, without reading the others; a view where `view` gives one."""
-        if len(self.extents) == 1 or self.is_transposed or self.strides is not None:
+        if len(self.extents) == 1:
             return self.view()[start:stop]
-        start, stop, _ = slice(start, stop).indices(self.stored_shape[0])
-        row = self.nbytes // self.stored_shape[0] if self.stored_shape[0] else 0
-        values = self._read_range(start * row, max(start, stop) * row).view(self.dtype)
-        return values.reshape(-1, *self.stored_shape[1:]) if row else self.view()[start:stop]
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        if self.is_transposed or stop <= start:
+            return self.view()[start:stop]
+        row = self.nbytes // self.shape[0]
+        return self._read_range(start * row, stop * row).view(self.dtype).reshape(-1, *self.shape[1:])
 
     def release(self) -> None:
         """Give back the memory of the pages that views have read."""
@@ -176,7 +178,7 @@ class StoredTensor:
 class ArrayTensor:
     """An array as a tensor to be written; a jax array comes to the host when its chunks are asked for."""
 
-    array: np.ndarray
+    array: Any  # numpy.ndarray or jax.Array
     is_transposed: bool = False
 
     @property
@@ -197,7 +199,8 @@ class ArrayTensor:
         return replace(self, is_transposed=not self.is_transposed)
 
     def chunks(self, into: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        array = np.asarray(self.array)
+        # A jax array keeps the host copy that it gives away; that of a copy goes with the copy.
+        array = self.array if isinstance(self.array, np.ndarray) else np.asarray(self.array.copy())
         yield from array_chunks(array.T if self.is_transposed else array, into)
 
 
@@ -243,7 +246,7 @@ class CastTensor:
         done = 0
         for chunk in self.source.chunks():
             out = np.empty(chunk.size, self.dtype) if into is None else into[done : done + chunk.size]
-            with np.errstate(over="ignore", invalid="ignore"):  # `checked_chunks` warns, with the tensor's name
+            with np.errstate(over="ignore", invalid="ignore"):  # a CheckedTensor warns, with the name
                 out[...] = chunk
             done += chunk.size
             yield out
@@ -254,11 +257,36 @@ def cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype or not is_weight_dtype(tensor.dtype) else CastTensor(tensor, dtype)
 
 
-def checked_chunks(name: str, tensor: Tensor, into: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """The chunks of a tensor; warns once, at the end, if a floating one held NaN or inf."""
-    is_finite = True
-    for chunk in tensor.chunks(into):
-        is_finite = is_finite and (not is_weight_dtype(chunk.dtype) or all_finite(chunk))
-        yield chunk
-    if not is_finite:
-        warnings.warn(f"{name} holds NaN or inf", stacklevel=2)
+@dataclass(frozen=True)
+class CheckedTensor:
+    """A tensor whose chunks are looked at as they pass: a warning with its name, once, if there is NaN or inf.
+
+    Chunk by chunk, since there they are in the core's cache: 0.07 s per GB.
+    """
+
+    source: Tensor
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    @property
+    def T(self) -> CheckedTensor:
+        return CheckedTensor(self.source.T, self.name)
+
+    def chunks(self, into: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        is_finite = True
+        for chunk in self.source.chunks(into):
+            is_finite = is_finite and (not is_weight_dtype(chunk.dtype) or all_finite(chunk))
+            yield chunk
+        if not is_finite:
+            warnings.warn(f"{self.name} holds NaN or inf", stacklevel=2)

@@ -60,9 +60,7 @@ def _first_line(error: Exception, *hints: str) -> str:
 
 def _stored_tensor(file: MappedFile, name: Any, tensor: Any) -> StoredTensor:
     """Where the values of a fake tensor lie."""
-    dtype = BY_NAME.get(
-        str(getattr(tensor, "dtype", "")).removeprefix("torch.").replace("float8_e4m3fn", "float8_e4m3fn")
-    )
+    dtype = BY_NAME.get(str(getattr(tensor, "dtype", "")).removeprefix("torch."))
     if not isinstance(name, str) or dtype is None:
         kind = getattr(tensor, "dtype", type(tensor).__name__)
         raise CheckpointError(f"{file.path}: {name!r} is {kind}, expected a tensor of a supported dtype")

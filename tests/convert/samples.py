@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from flaxqwen.convert import open_checkpoint, to_path
 
 GEOMETRY = {

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from flaxqwen.convert import CheckpointError, has_own_head, load_params, open_checkpoint, to_path
 
+from flaxqwen.convert import CheckpointError, has_own_head, load_params, open_checkpoint, to_path
 from tests.convert.samples import assert_same, expected_of, flatten, random_tensors
 
 BF16 = ml_dtypes.bfloat16

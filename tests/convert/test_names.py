@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from flaxqwen.convert import to_name, to_path
 from flaxqwen.convert.names import base_prefix, from_linen, is_ignored, layout_of, to_linen, with_prefix
 

@@ -1,0 +1,197 @@
+"""From parameters to a checkpoint on disk, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import DTypeLike
+
+from flaxqwen.convert.checkpoint import SEPARATOR
+from flaxqwen.convert.dtypes import SAFETENSORS_NAME, weight_dtype
+from flaxqwen.convert.errors import CheckpointError
+from flaxqwen.convert.msgpack_file import write_msgpack
+from flaxqwen.convert.names import LAYOUTS, Layout, to_linen, to_name, to_path
+from flaxqwen.convert.progress import Report
+from flaxqwen.convert.safetensors_file import write_safetensors
+from flaxqwen.convert.staging import WEIGHTS, Staging
+from flaxqwen.convert.tensors import ArrayTensor, CheckedTensor, Tensor, cast
+
+Framework = Literal["flax", "pytorch"]
+Format = Literal["safetensors", "msgpack"]
+STEM = {"flax": "flax_model", "pytorch": "model"}
+DEFAULT_SHARD_SIZE = "5GB"
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def save_params(
+    params: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    to: Framework = "flax",
+    format: Format = "safetensors",
+    layout: Layout = "checkpoint",
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str | None = None,
+    progress: Report | None = None,
+) -> None:
+    """Write parameters into a folder, which may be there; its weights of the same framework are replaced.
+
+    The files are model.safetensors (pytorch), flax_model.safetensors or flax_model.msgpack (flax), or shards with an
+    index as Transformers names them. They take their places when all are whole; an error leaves the folder as it was.
+
+    Args:
+      params: a nested dict of arrays by parameter path, or a dict of arrays by tensor name. jax arrays come to the
+        host one at a time.
+      folder: where to; made if need be.
+      to: whose names and files: "pytorch" for what Transformers loads.
+      format: "safetensors", or "msgpack", flax.serialization's, for Flax alone and in one file.
+      layout: "checkpoint", or "linen" for Flax's usual leaves with kernels [in, out].
+      dtype: what floating tensors are cast to; default: their own.
+      max_shard_size: bytes of a file, as int or like "200MB"; default 5GB. A larger tensor has a file of its own.
+      progress: called with the bytes done and the bytes in all.
+
+    Raises:
+      ValueError: options that do not fit each other; a dtype that cannot be stored.
+      FileExistsError: the folder holds weights of the other framework, which would be stale.
+      OSError: a file cannot be written.
+    """
+    folder = Path(folder)
+    other = [name for name in weight_files(folder) if name.startswith("flax_") != (to == "flax")]
+    if other:
+        raise FileExistsError(f"{folder}: holds {other[0]}, which would no longer be the same model; save elsewhere")
+    tensors: dict[str, Tensor] = {to_name(path): ArrayTensor(array) for path, array in _leaves(params, ())}
+    if dtype is not None:
+        tensors = {name: cast(tensor, weight_dtype(dtype)) for name, tensor in tensors.items()}
+    with Staging(folder, counter(tensors, progress)) as staging:
+        write_weights(staging, tensors, to, format, layout, max_shard_size)
+        staging.commit()
+
+
+def check_options(to: str, format: str, layout: str, max_shard_size: int | str | None) -> None:
+    """Refuse options that are unknown or do not fit each other."""
+    options = {"to": (to, STEM), "format": (format, ("safetensors", "msgpack")), "layout": (layout, LAYOUTS)}
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+    if to == "pytorch" and (format != "safetensors" or layout != "checkpoint"):
+        raise ValueError(f"PyTorch checkpoints are safetensors in the checkpoint's layout, not {format} in {layout}")
+    if format == "msgpack" and max_shard_size is not None:
+        raise ValueError("max_shard_size does not apply to msgpack, which is one file")
+    if max_shard_size is not None:
+        parse_size(max_shard_size)
+
+
+def write_weights(
+    staging: Staging,
+    tensors: Mapping[str, Tensor],
+    to: Framework,
+    format: Format,
+    layout: Layout,
+    max_shard_size: int | str | None,
+) -> None:
+    """Write the files of a checkpoint; `tensors` have Hugging Face names and the checkpoint's layout."""
+    check_options(to, format, layout, max_shard_size)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in SAFETENSORS_NAME:
+            raise CheckpointError(f"{name} has dtype {tensor.dtype}, which no checkpoint can hold")
+    tensors = {name: CheckedTensor(tensor, name) for name, tensor in tensors.items()}
+    if to == "pytorch":
+        write_shards(staging, STEM[to], tensors, {"format": "pt"}, max_shard_size)
+        return
+    leaves = dict(_flax_leaf(name, tensor, layout) for name, tensor in tensors.items())
+    if format == "msgpack":
+        staging.write(STEM[to] + ".msgpack", lambda writer: write_msgpack(writer, leaves))
+        return
+    joined = {SEPARATOR.join(path): tensor for path, tensor in leaves.items()}
+    write_shards(staging, STEM[to], joined, {"format": "flax", "layout": layout}, max_shard_size)
+
+
+def write_shards(
+    staging: Staging, stem: str, tensors: Mapping[str, Tensor], metadata: dict[str, str], limit: int | str | None
+) -> None:
+    """One safetensors file, or several and their index, as Transformers names them."""
+    shards = split(tensors, parse_size(DEFAULT_SHARD_SIZE if limit is None else limit))
+    if len(shards) == 1:
+        staging.write(f"{stem}.safetensors", lambda writer: write_safetensors(writer, shards[0], metadata))
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        staging.write(file, lambda writer, shard=shard: write_safetensors(writer, shard, metadata))
+    totals = {
+        "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+    }
+    index = json.dumps({"metadata": totals, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    staging.write_bytes(f"{stem}.safetensors.index.json", index.encode())
+
+
+def split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Tensors in shards of at most `limit` bytes, in order; a larger tensor is alone in its shard."""
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and used + tensor.nbytes > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor
+        used += tensor.nbytes
+    return shards
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as 5000, "5GB" or "200MB"; units are powers of 1000, as in Transformers.
+
+    Raises:
+      ValueError: not a size, or not a positive one.
+    """
+    number, unit = (size[:-2], UNITS.get(size[-2:].upper())) if isinstance(size, str) else (str(size), 1)
+    try:
+        count = int(float(number) * unit) if unit else 0
+    except (ValueError, OverflowError):
+        count = 0
+    if count <= 0:
+        raise ValueError(f"{size!r} is not a size: expected bytes or a positive number with {', '.join(UNITS)}")
+    return count
+
+
+def counter(tensors: Mapping[str, Tensor], progress: Report | None) -> Callable[[int], None]:
+    """A function that takes the bytes of each write and reports the sum of them."""
+    if progress is None:
+        return lambda count: None
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    done = 0
+
+    def count_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(min(done, total), total)  # headers are a little more than the tensors
+
+    return count_bytes
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that hold weights."""
+    return sorted(p.name for p in folder.iterdir() if WEIGHTS.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def _flax_leaf(name: str, tensor: Tensor, layout: Layout) -> tuple[tuple[str, ...], Tensor]:
+    """The path in Flax's tree of a checkpoint's tensor, and the tensor as it is there."""
+    path = to_path(name)
+    if layout == "checkpoint":
+        return path, tensor
+    path, is_transposed = to_linen(path)
+    return path, tensor.T if is_transposed else tensor
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from _leaves(node, (*path, key))
+        else:
+            yield (*path, key), node
