@@ -31,7 +31,7 @@ _HOMES = {
     "AutoTokenizer": "transformers",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 (names are strings)
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -120,7 +121,7 @@ class _AutoModel:
     def from_config(cls, config: PretrainedConfig, seed: int = 0, dtype: Any = None) -> Model:
         """A model with random weights, drawn as Transformers draws them; dtype: default float32."""
         module = cls.module_of(config, parse_dtype(dtype) or jnp.float32)
-        params = jax.jit(lambda key: module.init(key, _dummy_ids())["params"])(jax.random.key(seed))
+        params = _draw(module, jax.random.key(seed))
         return Model(module, params, config, GenerationConfig.from_model_config(config))
 
     @classmethod
@@ -184,25 +185,31 @@ def param_shapes(module: nn.Module) -> dict[ParamPath, tuple[int, ...]]:
     return {tuple(k.key for k in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def _dummy_ids() -> jax.ShapeDtypeStruct | np.ndarray:
+def _dummy_ids() -> np.ndarray:
     return np.zeros((1, 1), np.int32)
 
 
 def _load(module: nn.Module, checkpoint: Checkpoint, dtype: Any) -> Params:
     """The module's parameters from a checkpoint, with a new head where it has none."""
-    expected = param_shapes(module)
+    shapes = param_shapes(module)
     stored = {name.split(".")[0] for name in checkpoint.tensors}
-    new = {path[0] for path in expected if path[0] in NEW_HEADS} - stored
-    expected = {path: shape for path, shape in expected.items() if path[0] not in new}
+    new = {path[0] for path in shapes if path[0] in NEW_HEADS} - stored
+    expected = {path: shape for path, shape in shapes.items() if path[0] not in new}
     with Progress("Loading") if sys.stderr.isatty() else nullcontext() as report:
         params = load_params(checkpoint, expected, dtype, jax.device_put, report)
-    for head in sorted(new):
-        names = ", ".join(sorted(to_name(path) for path in param_shapes(module) if path[0] == head))
+    if new:
+        names = ", ".join(sorted(to_name(path) for path in shapes if path[0] in new))
         warnings.warn(f"{checkpoint.path} has no {names}: newly initialised, to be trained", stacklevel=4)
-        dtype = dtype or jax.tree.leaves(params)[0].dtype
-        drawn = jax.jit(lambda key, head=head: module.init(key, _dummy_ids())["params"][head])(jax.random.key(0))
-        params[head] = jax.tree.map(lambda a: a.astype(dtype), drawn)
+        drawn = _draw(module, jax.random.key(0), tuple(sorted(new)))
+        params |= jax.tree.map(lambda a: a.astype(jax.tree.leaves(params)[0].dtype), drawn)
     return params
+
+
+@partial(jax.jit, static_argnames=("module", "parts"))
+def _draw(module: nn.Module, key: jax.Array, parts: tuple[str, ...] | None = None) -> Params:
+    """Random parameters: all, or only some of the top modules (XLA drops what the others would take)."""
+    params = module.init(key, _dummy_ids())["params"]
+    return params if parts is None else {part: params[part] for part in parts}
 
 
 def _untie(config: PretrainedConfig, checkpoint: Checkpoint) -> PretrainedConfig:

@@ -71,7 +71,7 @@ class Model:
         to: Literal["flax", "pytorch"] = "flax",
         max_shard_size: str | int = "5GB",
     ) -> None:
-        """Write config.json, generation_config.json and the weights into a folder, as Flax's or PyTorch's safetensors."""
+        """Write config.json, generation_config.json and the weights (safetensors of Flax or of PyTorch) into a folder."""
         config = dataclasses.replace(self.config, architectures=(type(self.module).__name__,), dtype=str(self.dtype))
         save_params(self.params, save_directory, to=to, max_shard_size=max_shard_size)
         config.save_pretrained(save_directory)

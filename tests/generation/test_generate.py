@@ -1,0 +1,363 @@
+"""generate() gives Transformers' tokens, in few programs, whatever the batch, the padding and the chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxqwen.generation import generate as generation
+from flaxqwen.generation.config import GenerationConfig
+from flaxqwen.model import Model
+from flaxqwen.models.qwen2 import Qwen2ForCausalLM
+from tests.reference import close, padded_mask, pair, random_ids, th, torch
+
+EOS = [5, 7, 100, 20, 33, 41, 42, 43, 44, 45, 210, 211, 212, 213, 214]
+
+
+def models(seed=0, **changes):
+    """(Transformers' model, ours) of one tiny config, with no generation defaults."""
+    theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, seed=seed, **changes)
+    return theirs, Model(module, params, module.config, GenerationConfig())
+
+
+@pytest.fixture(scope="module")
+def tiny_models():
+    return models(max_position_embeddings=2048)
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """The events of XLA compiling a program, in the list."""
+    events: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+OPTIONS = {
+    "greedy": {},
+    "eos": {"eos_token_id": EOS, "pad_token_id": 3},
+    "one-eos": {"eos_token_id": 7},
+    "eos-none": {"eos_token_id": None},
+    "min-new-tokens": {"eos_token_id": EOS, "pad_token_id": 3, "min_new_tokens": 9},
+    "min-length": {"eos_token_id": EOS, "pad_token_id": 3, "min_length": 25},
+    "repetition-penalty": {"repetition_penalty": 1.4},
+    "repetition-reward": {"repetition_penalty": 0.7, "eos_token_id": EOS, "pad_token_id": 9},
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "left-padded"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_greedy_is_theirs(options, padded, rng):
+    theirs, mine = models(seed=int(rng.integers(1000)))
+    ids = random_ids(rng, (3, 13))
+    mask = padded_mask([13, 4, 9], 13, "left") if padded else np.ones_like(ids)
+    options = OPTIONS[options]
+    want = theirs.generate(th(ids), attention_mask=th(mask), max_new_tokens=21, do_sample=False, **options)
+    got = mine.generate(ids, attention_mask=mask, max_new_tokens=21, do_sample=False, **options)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+@pytest.mark.parametrize("length", [{"max_length": 17}, {"max_new_tokens": 1}, {"max_new_tokens": 2}, {}])
+def test_lengths_are_theirs(length, rng, tiny_models):
+    theirs, mine = tiny_models
+    ids = random_ids(rng, (2, 6))
+    np.testing.assert_array_equal(mine.generate(ids, **length), theirs.generate(th(ids), **length))
+
+
+@pytest.mark.parametrize("changes", [{"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, {}])
+def test_each_row_is_as_alone(changes, rng):
+    theirs, mine = models(**changes)
+    ids, lengths = random_ids(rng, (4, 40)), [40, 3, 17, 28]
+    mask = padded_mask(lengths, 40, "left")
+    batch = np.asarray(mine.generate(ids, attention_mask=mask, max_new_tokens=40))
+    np.testing.assert_array_equal(batch, theirs.generate(th(ids), attention_mask=th(mask), max_new_tokens=40))
+    for row, length in enumerate(lengths):
+        alone = mine.generate(ids[row : row + 1, -length:], max_new_tokens=40)
+        np.testing.assert_array_equal(batch[row, -40:], np.asarray(alone)[0, -40:])
+
+
+def test_masks_with_holes_are_honoured(rng, tiny_models):
+    theirs, mine = tiny_models
+    ids = random_ids(rng, (2, 12))
+    mask = (rng.random((2, 12)) < 0.6).astype(np.int32)
+    mask[:, -1] = 1
+    want = theirs.generate(th(ids), attention_mask=th(mask), max_new_tokens=10, do_sample=False)
+    np.testing.assert_array_equal(mine.generate(ids, attention_mask=mask, max_new_tokens=10), want)
+
+
+@pytest.mark.parametrize("eos", [[3, 9], [9]], ids=["pad-is-eos", "pad-is-not-eos"])
+def test_mask_is_inferred_as_theirs(eos, rng, tiny_models):
+    theirs, mine = tiny_models
+    ids = random_ids(rng, (2, 9))
+    ids[1, :4] = 3
+    options = {"eos_token_id": eos, "pad_token_id": 3, "max_new_tokens": 12, "do_sample": False}
+    np.testing.assert_array_equal(mine.generate(ids, **options), theirs.generate(th(ids), **options))
+
+
+def test_scores_and_logits(rng, tiny_models):
+    theirs, mine = tiny_models
+    ids = random_ids(rng, (2, 7))
+    options = {
+        "max_new_tokens": 9,
+        "repetition_penalty": 1.3,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+    }
+    want, got = theirs.generate(th(ids), **options), mine.generate(ids, **options)
+    np.testing.assert_array_equal(got.sequences, want.sequences)
+    assert len(got.scores) == len(want.scores) == len(got.logits) == 9
+    for ours, other in zip(got.scores + got.logits, want.scores + want.logits, strict=True):
+        close(ours, other)
+
+
+def test_continuing_from_a_cache(rng, tiny_models):
+    """A second turn runs only what is new, and gives the tokens of a call without the cache."""
+    _, mine = tiny_models
+    ids = random_ids(rng, (2, 9))
+    first = mine.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
+    assert np.asarray(first.past_key_values.length).tolist() == [14, 14]
+    longer = np.concatenate([first.sequences, random_ids(rng, (2, 5))], axis=1)
+    want = np.asarray(mine.generate(longer, max_new_tokens=8))
+    np.testing.assert_array_equal(mine.generate(longer, max_new_tokens=8, past_key_values=first.past_key_values), want)
+
+
+def test_continuing_past_the_capacity_and_in_several_ways(rng, tiny_models):
+    """The cache grows where it is too small; several continuations part from one cache."""
+    _, mine = tiny_models
+    ids = random_ids(rng, (1, 20))
+    cache = mine(ids[:, :12]).past_key_values
+    assert cache.capacity == 12
+    got = mine.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=True, seed=4, num_return_sequences=3)
+    want = mine.generate(ids, max_new_tokens=5, do_sample=True, seed=4, num_return_sequences=3)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_sampling_is_seeded_and_does_not_depend_on_the_batch(rng, tiny_models):
+    _, mine = tiny_models
+    ids = random_ids(rng, (3, 8))
+    mask = padded_mask([8, 5, 8], 8, "left")
+    options = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_new_tokens": 12}
+    one = np.asarray(mine.generate(ids, attention_mask=mask, seed=11, **options))
+    np.testing.assert_array_equal(one, mine.generate(ids, attention_mask=mask, seed=11, **options))
+    assert (one != np.asarray(mine.generate(ids, attention_mask=mask, seed=12, **options))).any()
+    # Row 1's text stands whatever is beside it and however much it is padded.
+    other = np.concatenate([random_ids(rng, (3, 4)), random_ids(rng, (3, 8))], axis=1)
+    other[1, -5:] = ids[1, -5:]
+    again = mine.generate(other, attention_mask=padded_mask([12, 5, 9], 12, "left"), seed=11, **options)
+    np.testing.assert_array_equal(one[1, -12:], np.asarray(again)[1, -12:])
+
+
+def test_sampling_without_a_seed_follows_numpys(rng, tiny_models):
+    _, mine = tiny_models
+    ids = random_ids(rng, (1, 4))
+    texts = []
+    for seed in (5, 5, None):
+        if seed is not None:
+            np.random.seed(seed)
+        texts.append(np.asarray(mine.generate(ids, do_sample=True, top_k=0, max_new_tokens=16)).tolist())
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 0},
+        {"top_k": 6, "temperature": 0.6},
+        {"top_k": 0, "top_p": 0.6},
+        {"top_k": 12, "top_p": 0.8, "temperature": 1.4},
+    ],
+    ids=str,
+)
+def test_sampled_distribution(options, tiny_models):
+    """First tokens of 4,000 draws follow the exact probabilities of torch's logits: chi-squared, p > 1e-4."""
+    import transformers
+    from scipy import stats
+
+    theirs, mine = tiny_models
+    ids = np.random.default_rng(8).integers(0, 331, (1, 6)).astype(np.int32)
+    with torch.no_grad():
+        scores = theirs(th(ids)).logits[:, -1]
+    for name, kind in (
+        ("temperature", "TemperatureLogitsWarper"),
+        ("top_k", "TopKLogitsWarper"),
+        ("top_p", "TopPLogitsWarper"),
+    ):
+        if options.get(name):
+            scores = getattr(transformers, kind)(options[name])(None, scores)
+    probs = scores.double().softmax(-1)[0].numpy()
+    n = 4000
+    drawn = mine.generate(ids, do_sample=True, max_new_tokens=1, seed=77, num_return_sequences=n, **options)
+    counts = np.bincount(np.asarray(drawn)[:, -1], minlength=len(probs))
+    assert counts[probs == 0].sum() == 0
+    order = np.argsort(-probs)
+    common = order[probs[order] * n >= 5]
+    rest = np.setdiff1d(order, common)
+    observed = np.append(counts[common], counts[rest].sum())
+    expected = np.append(probs[common], probs[rest].sum()) * n
+    keep = expected > 0
+    p_value = stats.chisquare(observed[keep], expected[keep] * observed.sum() / expected[keep].sum()).pvalue
+    assert p_value > 1e-4, p_value
+
+
+def test_num_return_sequences_are_rows_of_their_prompts(rng, tiny_models):
+    _, mine = tiny_models
+    ids = random_ids(rng, (2, 5))
+    got = np.asarray(mine.generate(ids, do_sample=True, num_return_sequences=3, seed=1, max_new_tokens=4))
+    assert got.shape == (6, 9)
+    np.testing.assert_array_equal(got[:, :5], np.repeat(ids, 3, axis=0))
+    assert len({tuple(row[5:]) for row in got}) > 2
+
+
+class Recorder:
+    def __init__(self):
+        self.values, self.ended = [], False
+
+    def put(self, value):
+        self.values.append(np.asarray(value))
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamer_gets_what_theirs_gets(rng, tiny_models):
+    theirs, mine = tiny_models
+    ids = random_ids(rng, (1, 5))
+    recorders = Recorder(), Recorder()
+    options = {"max_new_tokens": 11, "eos_token_id": EOS, "pad_token_id": 3}
+    theirs.generate(th(ids), streamer=recorders[0], **options)
+    got = mine.generate(ids, streamer=recorders[1], **options)
+    assert all(r.ended for r in recorders)
+    assert len(recorders[0].values) == len(recorders[1].values) == 1 + got.shape[1] - 5
+    for want, value in zip(recorders[0].values, recorders[1].values, strict=True):
+        np.testing.assert_array_equal(value, want)
+
+
+@pytest.mark.parametrize("platform_chunk", [(1, 0), (3, 1), (8, 2)], ids=str)
+def test_tokens_do_not_depend_on_chunks(platform_chunk, rng, tiny_models, monkeypatch):
+    """Nor on how many programs are dispatched before the first is read."""
+    _, mine = tiny_models
+    ids = random_ids(rng, (2, 7))
+    options = {"max_new_tokens": 14, "eos_token_id": EOS, "pad_token_id": 3, "return_dict_in_generate": True}
+    options |= {"do_sample": True, "top_k": 0, "seed": 5}
+    want = mine.generate(ids, **options)
+    monkeypatch.setitem(generation.CHUNK, "cpu", platform_chunk)
+    got = mine.generate(ids, **options)
+    np.testing.assert_array_equal(got.sequences, want.sequences)
+    n = int(want.past_key_values.length[0])
+    for ours, other in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        # A program that runs on past the last token writes out of sight only.
+        finished = np.isin(np.asarray(want.sequences)[:, 7:], EOS).argmax(1)
+        rows = [row for row in range(2) if finished[row] == 0]
+        np.testing.assert_allclose(ours.key[rows, :, :n], other.key[rows, :, :n], atol=1e-6)
+
+
+def test_values_never_compile_again(rng, tiny_models):
+    _, mine = tiny_models
+    ids = random_ids(rng, (2, 9))
+    base = {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.7, "seed": 0, "eos_token_id": [5]}
+    base |= {"max_new_tokens": 10, "repetition_penalty": 1.2}
+    mine.generate(ids, **base)
+    changes = [
+        {"temperature": 1.3}, {"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 50}, {"seed": 9}, {"pad_token_id": 8},
+        {"eos_token_id": [7, 9]}, {"eos_token_id": None}, {"max_new_tokens": 37}, {"max_new_tokens": 1},
+        {"repetition_penalty": 1.7},
+    ]  # fmt: skip
+    with counted_compilations() as compiled:
+        for change in changes:
+            mine.generate(random_ids(rng, (2, 9)), **(base | change))
+    assert not compiled
+
+
+def test_a_hundred_prompt_lengths_compile_at_most_twelve_programs(tiny_models):
+    rng = np.random.default_rng(0)
+    theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, max_position_embeddings=2048, vocab_size=333)
+    mine = Model(module, params, module.config, GenerationConfig())
+    lengths = rng.permutation(np.linspace(1, 1024, 100).astype(int))
+    assert len(set(lengths)) == 100
+    with counted_compilations() as compiled:
+        for length in lengths:
+            mine.generate(random_ids(rng, (1, length)), max_new_tokens=6)
+    assert len(compiled) <= 12
+
+
+def test_the_cache_is_updated_in_place(tiny_models):
+    """The decoding program aliases its whole state, and its temporaries hold no second cache."""
+    from flaxqwen.generation import loop
+    from flaxqwen.generation.config import resolve
+
+    _, mine = tiny_models
+    options = resolve(GenerationConfig(), None, {"max_new_tokens": 8}, input_length=6, max_position_embeddings=2048)
+    request = generation.Inputs(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
+    keep = {"keep_scores": False, "keep_logits": False}
+    choice, prompt = generation.make_choice(request, options, 1), generation.make_prompt(request, 32, 2048)
+    state, _ = loop.prefill(mine.module, mine.params, prompt, choice, None, capacity=2048, copies=1, **keep)
+    program = loop.decode.lower(mine.module, mine.params, state, choice, steps=4, **keep).compile()
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.layers))
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 2
+
+
+BAD = [
+    ({"inputs": np.zeros((1, 0), np.int32)}, "prompt is empty"),
+    ({"inputs": np.zeros((3,), np.int32)}, r"shape \(3,\)"),
+    ({"inputs": [[1, 331]]}, "token id 331 is out of the vocabulary"),
+    ({"inputs": [[1, -4]]}, "token id -4"),
+    ({"inputs": [[1.5, 2.0]]}, "float64"),
+    ({"inputs": np.ones((1, 2049), np.int32)}, "2049 tokens, the model's context is 2048"),
+    ({"inputs": [[1, 2]], "input_ids": [[1, 2]]}, "the same argument"),
+    ({}, "no prompt"),
+    ({"inputs": [[1, 2]], "attention_mask": [[1]]}, r"attention_mask has shape \(1, 1\)"),
+    ({"inputs": [[1, 2]], "attention_mask": [[1, 3]]}, "other than 0 and 1"),
+    ({"inputs": [[1, 2]], "temprature": 0.3}, "temperature"),
+    ({"inputs": [[1, 2]], "num_beams": 3}, "num_beams"),
+    ({"inputs": [[1, 2]], "max_new_tokens": 0}, "max_new_tokens"),
+    ({"inputs": [[1, 2]], "max_length": 2}, "max_length"),
+    ({"inputs": [[1, 2]], "num_return_sequences": 2}, "num_return_sequences"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message for _, message in BAD])
+def test_refusals_come_before_compiling(arguments, message, tiny_models):
+    _, mine = tiny_models
+    with counted_compilations() as compiled, pytest.raises(ValueError, match=message):
+        mine.generate(**arguments)
+    assert not compiled
+
+
+def test_a_cache_that_does_not_fit_is_refused(rng, tiny_models):
+    _, mine = tiny_models
+    ids = random_ids(rng, (2, 9))
+    with pytest.raises(ValueError, match="at least one token more"):
+        mine.generate(ids, past_key_values=mine(ids).past_key_values)
+    with pytest.raises(ValueError, match="expected 1 rows"):
+        mine.generate(ids[:1], past_key_values=mine(ids[:, :4]).past_key_values)
+
+
+def test_bos_is_the_prompt_where_there_is_none(tiny_models):
+    theirs, mine = tiny_models
+    want = theirs.generate(bos_token_id=17, max_new_tokens=5, do_sample=False)
+    np.testing.assert_array_equal(mine.generate(bos_token_id=17, max_new_tokens=5), want)
+
+
+def test_lists_and_torch_tensors_are_taken(rng, tiny_models):
+    _, mine = tiny_models
+    ids = random_ids(rng, (1, 6))
+    want = np.asarray(mine.generate(ids, max_new_tokens=3))
+    for given in (ids.tolist(), th(ids), jnp.asarray(ids), ids.astype(np.int64)):
+        np.testing.assert_array_equal(mine.generate(input_ids=given, max_new_tokens=3), want)
