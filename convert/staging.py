@@ -13,7 +13,7 @@ WEIGHTS = re.compile(r"(flax_|pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bi
 
 TEMPORARY = ".{}.flaxqwen"
 _TEMPORARY = re.compile(r"\..+\.flaxqwen")
-_SYNC_BYTES = 1 << 24
+_WRITEBACK = 1 << 24  # bytes
 
 
 class Writer:
@@ -32,12 +32,25 @@ class Writer:
             try:
                 count = os.write(self._fd, view)
             except OSError as error:
-                raise OSError(error.errno, f"{error.strerror} at byte {self._at}", str(self.target)) from error
+                raise self._error(error) from error
             view = view[count:]
             self._at += count
             self._report(count)
-        if self._at - self._flushed >= _SYNC_BYTES:
+        if self._at - self._flushed >= _WRITEBACK:
             self._start_writeback()
+
+    def close(self, sync: bool) -> None:
+        """Close the file; with `sync`, once its bytes are on the disk."""
+        try:
+            if sync:
+                os.fsync(self._fd)
+        except OSError as error:
+            raise self._error(error) from error
+        finally:
+            os.close(self._fd)
+
+    def _error(self, error: OSError) -> OSError:
+        return OSError(error.errno, f"{error.strerror} at byte {self._at}", str(self.target))
 
     def _start_writeback(self) -> None:
         # Linux answers this advice by sending the pages to the disk at once, without waiting: the fsync at the end then
@@ -45,14 +58,6 @@ class Writer:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, self._flushed, self._at - self._flushed, os.POSIX_FADV_DONTNEED)
         self._flushed = self._at
-
-    def close(self, sync: bool) -> None:
-        """Close the file; with `sync`, once its bytes are on the disk."""
-        try:
-            if sync:
-                os.fsync(self._fd)
-        finally:
-            os.close(self._fd)
 
 
 class Staging:

@@ -16,8 +16,8 @@ import numpy as np
 from flaxqwen.convert.dtypes import all_finite, is_weight_dtype
 from flaxqwen.convert.errors import CheckpointError
 
-# Bytes read and written at once. 4 MiB stays in the cache of the core between the read, the check and the write.
-CHUNK = 1 << 22
+# Bytes read and written at once. 1 MiB stays in the core's own cache between the read, the check and the write.
+CHUNK = 1 << 20
 
 
 class Tensor(Protocol):
@@ -37,7 +37,7 @@ class Tensor(Protocol):
         """The same values with the axes reversed."""
 
     def chunks(self, into: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        """The values in C order, as 1-D arrays; each is valid until the next. With `into`, 1-D, they fill it whole."""
+        """The values in C order, as 1-D arrays; each is valid until the next. They fill `into`, 1-D, if given."""
 
 
 class MappedFile:
@@ -120,12 +120,13 @@ class StoredTensor:
             # Values in another order than the file's: read once, whole, rather than once per chunk.
             yield from array_chunks(self._arrange(self._read_range(0, self._stored_bytes)), into)
             return
-        buffer = np.empty(min(CHUNK, self.nbytes), np.uint8) if into is None else into.view(np.uint8)
-        for start in range(0, self.nbytes, CHUNK):
-            stop = min(start + CHUNK, self.nbytes)
-            piece = buffer[: stop - start] if into is None else buffer[start:stop]
-            self._fill(piece, start)
-            yield piece.view(self.dtype)
+        places = _Places(self.dtype, into)
+        step = CHUNK // self.dtype.itemsize
+        size = math.prod(self.stored_shape)
+        for start in range(0, size, step):
+            piece = places.take(min(step, size - start))
+            self._fill(piece.view(np.uint8), start * self.dtype.itemsize)
+            yield piece
 
     def view(self) -> np.ndarray:
         """The values as a read-only array on the mapped file (a fresh array where they lie in several pieces)."""
@@ -214,13 +215,31 @@ def array_chunks(array: np.ndarray, into: np.ndarray | None = None) -> Iterator[
     else:
         rows = max(1, step * len(array) // array.size) if array.size else 1
         pieces = (np.ascontiguousarray(bits[i : i + rows]).reshape(-1) for i in range(0, len(array), rows))
-    done = 0
+    places = _Places(bits.dtype, None if into is None else into.view(bits.dtype))
     for piece in pieces:
         if into is not None:
-            into.view(piece.dtype)[done : done + piece.size] = piece
-            piece = into.view(piece.dtype)[done : done + piece.size]
-            done += piece.size
+            place = places.take(piece.size)
+            place[...] = piece
+            piece = place
         yield piece.view(array.dtype)
+
+
+class _Places:
+    """Where chunks go: one after the other into a given array, or each into the same buffer."""
+
+    def __init__(self, dtype: np.dtype, into: np.ndarray | None) -> None:
+        self._into = into
+        self._done = 0
+        self._buffer = np.empty(0, dtype)
+
+    def take(self, size: int) -> np.ndarray:
+        """The place of the next `size` values."""
+        if self._into is not None:
+            self._done += size
+            return self._into[self._done - size : self._done]
+        if self._buffer.size < size:
+            self._buffer = np.empty(size, self._buffer.dtype)
+        return self._buffer[:size]
 
 
 @dataclass(frozen=True)
@@ -243,12 +262,11 @@ class CastTensor:
         return CastTensor(self.source.T, self.dtype)
 
     def chunks(self, into: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        done = 0
+        places = _Places(self.dtype, into)
         for chunk in self.source.chunks():
-            out = np.empty(chunk.size, self.dtype) if into is None else into[done : done + chunk.size]
+            out = places.take(chunk.size)
             with np.errstate(over="ignore", invalid="ignore"):  # a CheckedTensor warns, with the name
                 out[...] = chunk
-            done += chunk.size
             yield out
 
 

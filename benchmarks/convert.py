@@ -1,0 +1,137 @@
+"""Throughput and memory of `convert`, beside `cp` of the same file on the same disk.
+
+    python benchmarks/convert.py [--model 0.5b] [--repeats 5] [--folder DIR]
+
+Makes a checkpoint of a real geometry in bfloat16, filled by repeating one random block, in a temporary folder; copies
+it with cp and converts it in each direction, in turns, each conversion in a fresh process. Before each the output of
+the last round is removed and the disk is idle: what others left to write is not ours to wait for, and memory that has
+been free for long costs the page cache several times more on some virtual machines. `ratio_to_cp` is the median
+throughput over cp's (bytes read per second), `peak_mb` the peak resident memory over an interpreter that has imported
+jax. Convert waits until its bytes are on the disk, cp does not. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from flaxqwen.convert import save_params
+
+# hidden, feed-forward, layers, key/value width, vocabulary; all with a tied head.
+GEOMETRIES = {
+    "tiny": (256, 1024, 2, 128, 8192),
+    "0.5b": (896, 4864, 24, 128, 151936),
+    "1.5b": (1536, 8960, 28, 256, 151936),
+    "3b": (2048, 11008, 36, 256, 151936),
+}
+
+# Direction -> (whose output is the source, options).
+DIRECTIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "flax": ("source", {}),
+    "pytorch": ("flax", {"to": "pytorch"}),
+    "msgpack": ("source", {"format": "msgpack"}),
+    "linen": ("source", {"layout": "linen"}),
+    "float32": ("source", {"dtype": "float32"}),
+}
+
+CONVERT = """
+import json, os, resource, shutil, sys, time
+import jax, jax.numpy as jnp
+jnp.zeros(1).block_until_ready()
+from flaxqwen.convert import convert
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+shutil.rmtree(sys.argv[2], ignore_errors=True)
+os.sync()
+before, start = peak(), time.perf_counter()
+convert(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
+print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak() - before}))
+"""
+
+
+def shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Qwen2ForCausalLM with a tied head."""
+    hidden, wide, layers, kv, vocabulary = GEOMETRIES[model]
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        found |= {layer + f"{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        found |= {layer + f"mlp.{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
+        found[layer + "mlp.down_proj.weight"] = (hidden, wide)
+        for name, width in (("q", hidden), ("k", kv), ("v", kv)):
+            found[layer + f"self_attn.{name}_proj.weight"] = (width, hidden)
+            found[layer + f"self_attn.{name}_proj.bias"] = (width,)
+        found[layer + "self_attn.o_proj.weight"] = (hidden, hidden)
+    return found
+
+
+def make_checkpoint(folder: Path, model: str) -> Path:
+    """A checkpoint in one file; rows repeat one random block, so that it takes no memory to make."""
+    block = (np.random.default_rng(0).standard_normal(1 << 20) * 0.02).astype(ml_dtypes.bfloat16)
+    tensors = {name: np.broadcast_to(block[: shape[-1]], shape) for name, shape in shapes(model).items()}
+    save_params(tensors, folder, to="pytorch", max_shard_size="1TB")
+    (folder / "config.json").write_text('{"model_type": "qwen2", "torch_dtype": "bfloat16"}')
+    return folder
+
+
+def time_cp(source: Path, folder: Path) -> float:
+    """Seconds of one cp into an empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.sync()
+    folder.mkdir()
+    start = time.perf_counter()
+    subprocess.run(["cp", str(source), str(folder)], check=True)
+    return time.perf_counter() - start
+
+
+def time_convert(source: Path, folder: Path, options: dict[str, str]) -> dict[str, float]:
+    """Seconds and peak bytes of one conversion into a new folder."""
+    command = [sys.executable, "-c", CONVERT, str(source), str(folder), json.dumps(options)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    """Run the benchmark and print its table and its line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="0.5b", choices=GEOMETRIES)
+    parser.add_argument("--repeats", default=5, type=int, help="rounds that count; one more comes first and does not")
+    parser.add_argument("--folder", type=Path, help="on which disk; default: the system's temporary folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        file = make_checkpoint(folder / "source", arguments.model) / "model.safetensors"
+        size = file.stat().st_size
+        seconds: dict[str, list[float]] = {"cp": [], **{direction: [] for direction in DIRECTIONS}}
+        peaks = dict.fromkeys(DIRECTIONS, 0.0)
+        for _ in range(arguments.repeats + 1):
+            seconds["cp"].append(time_cp(file, folder / "cp"))
+            for direction, (source, options) in DIRECTIONS.items():
+                result = time_convert(folder / source, folder / direction, options)
+                seconds[direction].append(result["seconds"])
+                peaks[direction] = max(peaks[direction], result["peak"])
+    medians = {direction: statistics.median(times[1:]) for direction, times in seconds.items()}
+    print(f"{size / 1e6:.0f} MB, median of {arguments.repeats}")
+    print(f"{'cp':10} {size / medians['cp'] / 1e6:6.0f} MB/s")
+    report = {}
+    for direction, peak in peaks.items():
+        rate, ratio = size / medians[direction] / 1e6, medians["cp"] / medians[direction]
+        print(f"{direction:10} {rate:6.0f} MB/s  {ratio:5.2f} x cp  peak {peak / 1e6:4.0f} MB over the interpreter")
+        report[direction] = {"mb_per_s": round(rate), "ratio_to_cp": round(ratio, 3), "peak_mb": round(peak / 1e6, 1)}
+    print(json.dumps({"benchmark": "convert", "model": arguments.model, "bytes": size, "directions": report}))
+
+
+if __name__ == "__main__":
+    main()
