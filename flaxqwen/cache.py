@@ -14,6 +14,8 @@ from jax.typing import DTypeLike
 
 from flaxqwen.config import Qwen2Config
 
+Pair = tuple[jax.Array, jax.Array]
+
 
 @flax.struct.dataclass
 class LayerCache:
@@ -27,16 +29,38 @@ class LayerCache:
     value: jax.Array
 
     def append(self, key: jax.Array, value: jax.Array, at: jax.Array) -> LayerCache:
-        """Write key and value [B, K, T, H] at slots `at` [B] and onwards. In place when the cache is donated."""
+        """Write key and value [B, K, T, H] at slots `at` ([] or [B]) and onwards. In place when the cache is donated."""
+        key, value = key.astype(self.key.dtype), value.astype(self.value.dtype)
+        arrays = (self.key, self.value, key, value, at.reshape(()) if at.size == 1 else at)
+        return LayerCache(*jax.lax.platform_dependent(*arrays, cpu=_write_in_loop, default=_write))
 
-        def write(rows: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.astype(rows.dtype)
-            if rows.shape[0] == 1:  # batching would turn the update into a scatter
-                return jax.lax.dynamic_update_slice(rows, new, (0, 0, at[0], 0))
-            update = jax.vmap(lambda row, piece, slot: jax.lax.dynamic_update_slice(row, piece, (0, slot, 0)))
-            return update(rows, new, at)
 
-        return LayerCache(write(self.key, key), write(self.value, value))
+def _write(key: jax.Array, value: jax.Array, new_key: jax.Array, new_value: jax.Array, at: jax.Array) -> Pair:
+    """[B, K, S, H] and the new [B, K, T, H]: one slice where rows are aligned, else one per row."""
+    if at.ndim == 0:
+        start = (0, 0, at, 0)
+        update = jax.lax.dynamic_update_slice
+        return update(key, new_key, start), update(value, new_value, start)
+    per_row = jax.vmap(lambda row, new, slot: jax.lax.dynamic_update_slice(row, new, (0, slot, 0)))
+    return per_row(key, new_key, at), per_row(value, new_value, at)
+
+
+def _write_in_loop(key: jax.Array, value: jax.Array, new_key: jax.Array, new_value: jax.Array, at: jax.Array) -> Pair:
+    """The same for XLA's CPU backend, in a loop over heads (rows, where they are not aligned).
+
+    Outside a loop the backend fuses the update into the slice that attention reads, does it a second time for the
+    result, and so copies the whole cache at every step. A scatter, which per-row slices become, compiles 3x slower.
+    """
+    axis = 1 if at.ndim == 0 else 0
+
+    def step(i: jax.Array, pair: Pair) -> Pair:
+        slot = at if at.ndim == 0 else at[i]
+        start = (0, i, slot, 0) if axis == 1 else (i, 0, slot, 0)
+        pieces = (jax.lax.dynamic_slice_in_dim(new, i, 1, axis) for new in (new_key, new_value))
+        key, value = (jax.lax.dynamic_update_slice(a, piece, start) for a, piece in zip(pair, pieces, strict=True))
+        return key, value
+
+    return jax.lax.fori_loop(0, key.shape[axis], step, (key, value))
 
 
 @flax.struct.dataclass
@@ -44,7 +68,8 @@ class KVCache:
     """What the model remembers of the tokens it has seen.
 
     layers: one LayerCache a layer.
-    length: [B] int32, how many slots of each row are filled: the slot of the row's next token.
+    length: [B] int32, how many slots of each row are filled: the slot of the row's next token. Or a scalar, when it is
+        the same for all rows and stays so.
     bound: static; attention reads slots below it only. The caller promises that no row grows past it.
         None reads the whole capacity.
     """

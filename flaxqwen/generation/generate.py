@@ -208,7 +208,15 @@ def run(
     choice = make_choice(request, options, copies)
     prompt = make_prompt(request, tokens, capacity)
     state, output = loop.prefill(
-        model.module, model.params, prompt, choice, cache, capacity=capacity, copies=copies, **keep
+        model.module,
+        model.params,
+        prompt,
+        choice,
+        cache,
+        capacity=capacity,
+        cache_dtype=cache_dtype(model),
+        copies=copies,
+        **keep,
     )
     queue = deque([output])
     dispatched, done = 1, 0
@@ -353,6 +361,15 @@ def _cached_length(cache: KVCache | None, ids: np.ndarray) -> int:
             "input_ids is the whole sequence, with at least one token more than the cache"
         )
     return int(lengths[0])
+
+
+def cache_dtype(model: CausalLM) -> np.dtype:
+    """The compute dtype, but float32 for bfloat16 on a CPU, where XLA updates a bfloat16 array by converting all of it.
+
+    The values are the same; a token of Qwen2.5-0.5B takes 24 KB in place of 12.
+    """
+    dtype = np.dtype(model.module.dtype or jax.tree.leaves(model.params)[0].dtype)
+    return np.dtype(np.float32) if _platform(model.params) == "cpu" else dtype
 
 
 def _platform(params: Any) -> str:

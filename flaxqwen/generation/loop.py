@@ -15,7 +15,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from flaxqwen.cache import KVCache, init_cache
 from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, process
@@ -71,7 +71,9 @@ class Prompt:
 
 
 @partial(
-    jax.jit, static_argnames=("module", "capacity", "copies", "keep_scores", "keep_logits"), donate_argnames="cache"
+    jax.jit,
+    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_scores", "keep_logits"),
+    donate_argnames="cache",
 )
 def prefill(
     module: nn.Module,
@@ -81,6 +83,7 @@ def prefill(
     cache: KVCache | None,
     *,
     capacity: int,
+    cache_dtype: DTypeLike,
     copies: int,
     keep_scores: bool,
     keep_logits: bool,
@@ -91,14 +94,15 @@ def prefill(
       module, params: a causal language model.
       prompt: see Prompt.
       choice: how the token is chosen.
-      cache: to continue (donated), or None for a new one of `capacity` slots.
+      cache: to continue (donated), or None for a new one of `capacity` slots and of cache_dtype.
       copies: continuations per prompt; the prompt runs once and its cache is repeated.
       keep_scores, keep_logits: whether StepOutput has them.
     """
     tokens = jnp.asarray(prompt.tokens)
     if cache is None:
-        dtype = module.dtype or params["model"]["embed_tokens"]["weight"].dtype
-        cache = init_cache(module.config, tokens.shape[0], capacity, dtype).replace(bound=tokens.shape[1])
+        cache = init_cache(module.config, tokens.shape[0], capacity, cache_dtype).replace(bound=tokens.shape[1])
+    # Rows are aligned, and stay so: one length for all keeps the writes plain slices.
+    cache = cache.replace(length=jnp.max(cache.length))
     start = cache.length
     output = module.apply(
         {"params": params},
@@ -113,8 +117,9 @@ def prefill(
     # What was written after the last real token is out of sight, and overwritten step by step.
     cache = output.past_key_values.replace(length=start + prompt.last + 1)
     position = jnp.asarray(prompt.position_ids)[:, prompt.last]
-    rows = (cache, prompt.slot_mask, prompt.input_ids, position, output.logits[:, 0])
-    cache, slot_mask, input_ids, position, logits = _repeat(rows, copies)
+    rows = (cache.layers, prompt.slot_mask, prompt.input_ids, position, output.logits[:, 0])
+    layers, slot_mask, input_ids, position, logits = _repeat(rows, copies)
+    cache = cache.replace(layers=layers)
     finished = jnp.zeros(logits.shape[0], bool)
     state = DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished)
     state, output = _extend(state, choice, logits, keep_scores, keep_logits)

@@ -87,7 +87,7 @@ class Qwen2Attention(nn.Module):
             filled = readable = LayerCache(key, value)
         else:
             filled = cache.layers[self.layer_index].append(key, value, cache.length)
-            readable = jax.tree.map(lambda a: a[:, :, : cache.readable].astype(x.dtype), filled)
+            readable = jax.tree.map(lambda a: a[:, :, : cache.readable], filled)
         heads = (query, readable.key, readable.value, visibility, self.window)
         drop = not deterministic and self.config.attention_dropout > 0
         weights = None
@@ -303,9 +303,9 @@ def keep_positions(x: jax.Array, keep: int | jax.Array) -> jax.Array:
 
 
 def token_slots(cache: KVCache | None, T: int) -> jax.Array:
-    """[B, T] (without a cache [1, T]) int32: the cache slots that T new tokens take."""
+    """[B, T] int32 ([1, T] where rows do not differ): the cache slots that T new tokens take."""
     new = jnp.arange(T, dtype=jnp.int32)[None]
-    return new if cache is None else cache.length[:, None] + new
+    return new if cache is None else cache.length[..., None] + new
 
 
 def make_visibility(

@@ -78,7 +78,8 @@ def attend(
 
     Args:
       query: [B, T, N, H].
-      key, value: [B, K, S, H]; N is a multiple of K. Heads are never repeated in memory.
+      key, value: [B, K, S, H]; N is a multiple of K. Heads are never repeated in memory. May be of a wider dtype than
+        query: the products are the same.
       visibility: which slots each new token may see.
       window: sliding window in slots; None for full attention.
       dropout: applied to the attention weights.
@@ -89,12 +90,12 @@ def attend(
     """
     B, T, N, H = query.shape
     K, S = key.shape[1:3]
-    query = query.reshape(B, T, K, N // K, H)  # heads of one group are adjacent
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32) * H**-0.5
+    grouped = query.reshape(B, T, K, N // K, H).astype(key.dtype)  # heads of one group are adjacent
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, key, preferred_element_type=jnp.float32) * H**-0.5
     weights = jax.nn.softmax(visibility.apply(scores, window), axis=-1).astype(query.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    output = jnp.einsum("BKGTS,BKSH->BTKGH", weights, value, preferred_element_type=jnp.float32)
+    output = jnp.einsum("BKGTS,BKSH->BTKGH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return output.astype(query.dtype).reshape(B, T, N, H), weights.reshape(B, N, T, S)
 
 

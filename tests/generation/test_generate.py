@@ -305,7 +305,9 @@ def test_the_cache_is_updated_in_place(tiny_models):
     request = generation.Inputs(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
     keep = {"keep_scores": False, "keep_logits": False}
     choice, prompt = generation.make_choice(request, options, 1), generation.make_prompt(request, 32, 2048)
-    state, _ = loop.prefill(mine.module, mine.params, prompt, choice, None, capacity=2048, copies=1, **keep)
+    state, _ = loop.prefill(
+        mine.module, mine.params, prompt, choice, None, capacity=2048, copies=1, cache_dtype=np.dtype("float32"), **keep
+    )
     program = loop.decode.lower(mine.module, mine.params, state, choice, steps=4, **keep).compile()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.layers))
     memory = program.memory_analysis()
