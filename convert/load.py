@@ -35,8 +35,8 @@ def load_params(
       checkpoint: an open checkpoint of any format.
       expected: the shape of every parameter of the model, by its path.
       dtype: what the parameters are cast to; default: as they are stored.
-      put: what becomes of each array, for example `jax.device_put`. The array is fresh, aligned to 64 bytes, and
-        nobody else's. Default: it stays.
+      put: what becomes of each array, which is fresh, aligned to 64 bytes and nobody else's. `jax.device_put` takes
+        such an array as it is on a CPU (`jnp.asarray` copies it). Default: it stays.
       progress: called with the bytes done and the bytes in all.
 
     Returns:

@@ -128,20 +128,26 @@ class _Reader:
                 return kind, first - low
         raise IndexError(f"unexpected byte 0x{first:02x}")
 
+    def _expect(self, wanted: str) -> int:
+        """The length or value of the object at this place, which is of the kind `wanted`."""
+        kind, n = self._token()
+        if kind != wanted:
+            raise IndexError(f"{kind} in an array, expected {wanted}")
+        return int(n)
+
     def _array(self, size: int) -> StoredTensor:
         """The array in an extension object of this size, whose type comes first."""
-        code, end = self._take(1)[0], self.at + 1 + size
+        code = self._take(1)[0]
         if code != ARRAY:
             raise CheckpointError(f"{self.file.path}: extension type {code} at byte {self.at}, expected an array (1)")
         end = self.at + size
-        self._token()
-        rank = self._token()[1]
-        shape = tuple(self._token()[1] for _ in range(rank))
-        name = self._take(self._token()[1]).decode()
-        kind, nbytes = self._token()
+        self._expect("list")
+        shape = tuple(self._expect("int") for _ in range(self._expect("list")))
+        name = self._take(self._expect("str")).decode()
+        nbytes = self._expect("bytes")
         if name not in BY_NAME:
             raise CheckpointError(f"{self.file.path}: dtype {name!r} is not one of {', '.join(BY_NAME)}")
-        if kind != "bytes" or self.at + nbytes != end or math.prod(shape) * BY_NAME[name].itemsize != nbytes:
+        if self.at + nbytes != end or math.prod(shape) * BY_NAME[name].itemsize != nbytes:
             raise IndexError(f"an array of dtype {name} and shape {shape} in {nbytes} bytes")
         if end > self.file.size:
             raise IndexError(f"the array ends at byte {end}, the file after {self.file.size}: truncated")

@@ -91,7 +91,7 @@ class StoredTensor:
 
     file: where it is.
     extents: (offset, size) in bytes of the pieces that make up its values; most formats have one.
-    shape, dtype: of the tensor as it is stored, before `order`.
+    stored_shape, dtype: as the file has it.
     strides: of the stored values, in bytes; None for C order.
     is_transposed: whether the tensor is the stored one with its axes reversed.
     """

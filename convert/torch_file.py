@@ -5,13 +5,14 @@ Only plain tensors are unpickled (weights_only): a pickle that wants to run code
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+import re
 from typing import Any
 
 from flaxqwen.convert.dtypes import BY_NAME
 from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.tensors import MappedFile, StoredTensor
+
+ZIP = b"PK\x03\x04"
 
 
 def read_torch(file: MappedFile) -> dict[str, StoredTensor]:
@@ -21,9 +22,9 @@ def read_torch(file: MappedFile) -> dict[str, StoredTensor]:
       CheckpointError: the file is not one of torch.save, holds anything but tensors, or wants to run code.
       ImportError: torch is not installed.
     """
-    if not zipfile.is_zipfile(file.path):
+    if file.size < len(ZIP) or file.read(0, len(ZIP)) != ZIP:
         raise CheckpointError(
-            f"{file.path}: truncated, or not a zip file of torch.save (torch 1.6 and later); save it as safetensors"
+            f"{file.path}: not a zip file, as torch.save has written since 1.6; save it as safetensors"
         )
     state = _unpickle(file)
     if not isinstance(state, dict):
@@ -43,19 +44,15 @@ def _unpickle(file: MappedFile) -> Any:
         # Fake tensors have no memory; their storages say at which byte of the file the values begin.
         with FakeTensorMode():
             return torch.load(file.path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = _first_line(error, "Unsupported global", "Unsupported operand", "Unsupported class", "Trying to")
-        raise CheckpointError(
-            f"{file.path}: refused: the pickle holds more than tensors and may run code: {reason}"
-        ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file.path}: corrupt .bin checkpoint: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception, *hints: str) -> str:
-    """The line of an error's message that holds one of the hints, or its first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if any(hint in line for hint in hints)), lines[0])
+    except Exception as error:  # torch's unpickler meets corrupt bytes with whatever its parts raise
+        # Of a message of many lines, which also tells how to run the code all the same, only the reason.
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden:
+            message = f"refused: the pickle wants to run code, {forbidden[1]}; only plain tensors are read"
+        else:
+            reason = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.match(r"\s*(.+)", str(error))
+            message = f"corrupt .bin checkpoint: {reason[1].strip() if reason else type(error).__name__}"
+        raise CheckpointError(f"{file.path}: {message}") from None
 
 
 def _stored_tensor(file: MappedFile, name: Any, tensor: Any) -> StoredTensor:

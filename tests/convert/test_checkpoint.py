@@ -231,7 +231,7 @@ class RunsCode:
 def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path, torch: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.ones(2), "b": RunsCode()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: refused: .*may run code[^\n]*system[^\n]*$"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: refused: [^\n]* run code, \w+\.system; [^\n]*$"):
         open_checkpoint(tmp_path)
     assert not (tmp_path / "was_run").exists()
 
@@ -240,7 +240,7 @@ def test_other_bin_files_are_refused(tmp_path: Path, torch: Any, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(pickle.dumps(RunsCode()))
-    with pytest.raises(CheckpointError, match="truncated, or not a zip file"):
+    with pytest.raises(CheckpointError, match="not a zip file"):
         open_checkpoint(path)
     assert not (tmp_path / "was_run").exists()
     for state, message in ((torch.ones(2), "expected a dict of tensors"), ({"a": 3}, "'a' is int, expected a tensor")):
@@ -249,7 +249,7 @@ def test_other_bin_files_are_refused(tmp_path: Path, torch: Any, monkeypatch: py
             open_checkpoint(path)
     torch.save({"a": torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(CheckpointError, match=r"truncated|corrupt"):
+    with pytest.raises(CheckpointError, match=r"corrupt \.bin checkpoint"):
         open_checkpoint(path)
 
 
@@ -343,3 +343,20 @@ def test_pytorchs_safetensors_come_first(tmp_path: Path):
     with open_checkpoint(tmp_path / "flax" / "flax_model.safetensors") as checkpoint:
         assert (checkpoint.format, checkpoint.layout) == ("flax", "checkpoint")
         assert set(checkpoint.tensors) == set(tensors)
+
+
+def test_flipped_bytes_never_end_in_a_traceback(tmp_path: Path, rng: np.random.Generator):
+    """Corruption is an error of ours, or it lies in the values or names, which nothing tells from others."""
+    for path in (tmp_path / "flax_model.msgpack", tmp_path / "flax_model.safetensors"):
+        save_params(random_tensors(), tmp_path, format=path.suffix[1:])
+        whole = path.read_bytes()
+        for _ in range(300):
+            data = bytearray(whole)
+            data[rng.integers(min(len(data), 900))] = rng.integers(256)
+            path.write_bytes(data)
+            try:
+                with open_checkpoint(path) as checkpoint:
+                    for tensor in checkpoint.tensors.values():
+                        assert sum(chunk.nbytes for chunk in tensor.chunks()) == tensor.nbytes
+            except CheckpointError:
+                continue
