@@ -360,3 +360,14 @@ def test_flipped_bytes_never_end_in_a_traceback(tmp_path: Path, rng: np.random.G
                         assert sum(chunk.nbytes for chunk in tensor.chunks()) == tensor.nbytes
             except CheckpointError:
                 continue
+
+
+def test_values_come_in_small_chunks(tmp_path: Path, rng: np.random.Generator):
+    weight = rng.standard_normal((1000, 700), np.float32)
+    save_params({"a.weight": weight}, tmp_path / "plain")
+    save_params({"a.weight": weight}, tmp_path / "linen", layout="linen")
+    for folder in (tmp_path / "plain", tmp_path / "linen"):
+        with open_checkpoint(folder) as checkpoint:
+            chunks = [chunk.copy() for chunk in checkpoint.tensors["a.weight"].chunks()]
+        assert max(chunk.nbytes for chunk in chunks) <= 1 << 20
+        assert np.array_equal(np.concatenate(chunks), weight.reshape(-1))
