@@ -1,0 +1,301 @@
+"""The commands of `flaxqwen` and their options; what they do is in the modules beside this one, imported on call."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TextIO
+
+import typer
+
+import flaxqwen
+
+USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit codes; the latter two as a shell reports the signals
+# What a user can cause, and repair: one line. Anything else is a bug, and shows its traceback.
+USER_ERRORS = (ValueError, KeyError, OSError, ImportError, MemoryError)
+
+app = typer.Typer(
+    name="flaxqwen",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Qwen2 and Qwen2.5 in JAX/Flax: convert checkpoints, generate text, compare with PyTorch.",
+    epilog="MODEL is a folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct. "
+    "`flaxqwen COMMAND --help` has the options of a command, and examples.",
+)
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub id.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of weights and arithmetic; auto: as the model's config says."),
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message, in place of the template's own.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Default: that of the model's generation_config, else 256 (chat: 1024)."),
+]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", min=0, help="Sample with this temperature; 0 is greedy decoding.")
+]
+TopP = Annotated[
+    float | None, typer.Option(metavar="P", min=0, max=1, help="Sample from the likeliest tokens of this mass.")
+]
+TopK = Annotated[
+    int | None, typer.Option(metavar="K", min=0, help="Sample from the K likeliest tokens; 0 is no limit.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(metavar="R", help="Divides the logits of tokens seen before; 1 is none.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of sampling: one seed, one text.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+
+
+def _examples(*lines: str) -> str:
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))  # \b: keep the lines as they are
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flaxqwen {flaxqwen.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(
+    "convert",
+    epilog=_examples(
+        "flaxqwen convert Qwen/Qwen2.5-0.5B-Instruct qwen-flax",
+        "flaxqwen convert qwen-flax qwen-pytorch --to pytorch --max-shard-size 2GB",
+        "flaxqwen convert qwen-pytorch qwen-linen --layout linen --format msgpack --dtype float32",
+    ),
+)
+def _convert(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A folder or a file of any format, or a hub id.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="A folder, which is made.")],
+    to: Annotated[Literal["flax", "pytorch"], typer.Option(help="Whose names and files.")] = "flax",
+    format: Annotated[Literal["safetensors", "msgpack"], typer.Option(help="Of Flax's files.")] = "safetensors",
+    layout: Annotated[
+        Literal["checkpoint", "linen"],
+        typer.Option(help="checkpoint: weights [out, in], as PyTorch; linen: kernel, embedding, scale, [in, out]."),
+    ] = "checkpoint",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Cast to; default: as stored.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of a file, such as 200MB; default: 5GB.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint in DST.")] = False,
+) -> None:
+    """Convert a checkpoint between PyTorch and Flax.
+
+    Weights keep their values byte for byte (but for --dtype); config and tokenizer go with them. A checkpoint that does
+    not fit its config.json is refused. Files appear when all are complete.
+    """
+    from flaxqwen.cli.convert import convert_model
+
+    convert_model(
+        src, dst, to=to, format=format, layout=layout, dtype=dtype, max_shard_size=max_shard_size, force=force
+    )
+
+
+@app.command(
+    "generate",
+    epilog=_examples(
+        'flaxqwen generate Qwen/Qwen2.5-0.5B "The capital of France is"',
+        'flaxqwen generate ./qwen "Write a haiku." --chat --temperature 0.7 --top-p 0.8 --seed 1',
+        "cat question.txt | flaxqwen generate ./qwen - --chat --json",
+        'flaxqwen generate ./qwen --ids "785 6722 315"',
+    ),
+)
+def _generate(
+    model: ModelName,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Text; - reads it from stdin.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Read the prompt from a file.",
+        ),
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(metavar="IDS", help='A prompt of token ids, "1 2 3": needs no tokenizer.')
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message: apply the template.")] = False,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text when it is complete.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt, or answer it (--chat).
+
+    Prints the new text alone, on a terminal as it comes. Of a file or stdin, one newline at the end is no part of the
+    prompt. Without --temperature, --top-p or --top-k the model's generation_config.json decides whether to sample.
+    """
+    from flaxqwen.cli.generate import generate_text, sampling_options
+
+    generate_text(
+        model,
+        prompt,
+        file=file,
+        ids=ids,
+        chat=chat,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        options=sampling_options(temperature, top_p, top_k, repetition_penalty, seed),
+        dtype=dtype,
+        stream=sys.stdout.isatty() and not no_stream,
+        as_json=as_json,
+    )
+
+
+@app.command(
+    "chat",
+    epilog=_examples(
+        "flaxqwen chat Qwen/Qwen2.5-0.5B-Instruct",
+        'flaxqwen chat ./qwen --system "Answer in French." --temperature 0.7',
+    ),
+)
+def _chat(
+    model: ModelName,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model in the terminal.
+
+    Each turn runs only its new tokens: the KV cache of the earlier ones is kept.
+    /help lists what can be typed beside messages. Ctrl-C stops an answer, Ctrl-D leaves.
+    """
+    from flaxqwen.cli.chat import chat
+    from flaxqwen.cli.generate import sampling_options
+
+    chat(
+        model,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        options=sampling_options(temperature, top_p, top_k, repetition_penalty, seed),
+        dtype=dtype,
+    )
+
+
+@app.command("info", epilog=_examples("flaxqwen info Qwen/Qwen2.5-7B-Instruct", "flaxqwen info ./qwen --json"))
+def _info(model: ModelName, as_json: AsJson = False) -> None:
+    """Show a model's architecture, size and memory.
+
+    From its config alone: weights are neither downloaded nor read.
+    """
+    from flaxqwen.cli.info import show_info
+
+    show_info(model, as_json=as_json)
+
+
+@app.command(
+    "parity",
+    epilog=_examples(
+        "flaxqwen parity Qwen/Qwen2.5-0.5B-Instruct",
+        'flaxqwen parity ./qwen --dtype bfloat16 --prompt "Hello" --prompt "1 + 1 =" --report report',
+    ),
+)
+def _parity(
+    model: ModelName,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and arithmetic.")] = "float32",
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="May be given several times; default: four built-in ones.")
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Greedy tokens to compare.")] = 32,
+    report: Annotated[Path | None, typer.Option(metavar="DIR", help="Write report.json and parity.png there.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare with PyTorch, module by module.
+
+    Runs Transformers' model and ours on the same prompts. Exits 1 where a tolerance does not hold.
+    """
+    from flaxqwen.cli.parity import show_parity
+
+    if not show_parity(model, dtype=dtype, prompts=prompt or None, steps=steps, report=report, as_json=as_json):
+        raise typer.Exit(1)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line (default: that of the process) and return the exit code.
+
+    0; 1 where parity does not hold; 2, after one line on stderr, for what the user can repair; 130 after Ctrl-C; 141
+    where nobody reads the output. Other exceptions are bugs, and propagate.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are about models in PyTorch
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command = typer.main.get_command(app)
+            with command.make_context("flaxqwen", list(sys.argv[1:] if args is None else args)) as context:
+                command.invoke(context)
+            sys.stdout.flush()
+    except typer.Exit as exit:
+        return exit.exit_code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is one that a user can repair: USER_ERRORS, a wrong usage, a full accelerator."""
+    is_usage = hasattr(error, "format_message")  # typer's own errors, which have changed their class
+    is_full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, USER_ERRORS) or is_usage or is_full
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    text: Any = error
+    if hasattr(error, "format_message"):
+        text = error.format_message()
+    elif isinstance(error, KeyError) and error.args:  # its str is the repr of the message
+        text = error.args[0]
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(str(text).split()) or type(error).__name__
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)

@@ -1,0 +1,139 @@
+"""`flaxqwen chat`: a conversation in the terminal that keeps its KV cache from turn to turn."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxqwen.auto import AutoModelForCausalLM
+from flaxqwen.cache import KVCache
+from flaxqwen.cli.generate import finish_reason, print_now
+from flaxqwen.cli.text import TextStream, chat_ids, decoder, load_tokenizer, need_tokenizer
+from flaxqwen.hub import resolve_folder
+from flaxqwen.model import Model
+
+DEFAULT_NEW_TOKENS = 1024
+HELP = """\
+/clear         forget the conversation
+/system TEXT   the system message from now on; without TEXT, the template's own
+/help          this
+/exit          leave, as Ctrl-D does
+Ctrl-C stops an answer; what there is of it stays in the conversation."""
+CUT = {
+    "length": "[stopped after {0.limit} tokens: --max-new-tokens N for more]",
+    "context": "[the model's context of {0.context} tokens is full: /clear begins a new conversation]",
+}
+
+
+class Conversation:
+    """The messages so far, and the KV cache of the tokens that the model has seen.
+
+    messages: without the system's, which is `system`.
+    cached: the token ids that the cache holds.
+    """
+
+    def __init__(
+        self, model: Model, tokenizer: Any, system: str | None, max_new_tokens: int | None, options: dict[str, Any]
+    ) -> None:
+        self.model, self.tokenizer, self.system, self.options = model, tokenizer, system, options
+        self.limit = max_new_tokens or model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+        self.context = model.module.config.context_length
+        self.messages: list[dict[str, str]] = []
+        self.cached: list[int] = []
+        self.cache: KVCache | None = None
+
+    def ask(self, message: str, stream: TextStream) -> str:
+        """Add a user's message and the model's answer, which goes to the stream too.
+
+        Only the tokens after those that the cache shares with the rendered conversation are run. An answer that an
+        exception stops stays as far as it came; the cache, which was donated, is gone then.
+
+        Returns:
+          Why it ended: "eos"; "length", at the limit; "context", which is full. A message that does not fit into the
+          context is not added, and has no answer.
+        """
+        asked = [*self.messages, {"role": "user", "content": message}]
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        tokens = chat_ids(self.tokenizer, first + asked)
+        room = self.context - len(tokens)
+        if room < 1:
+            return "context"
+        # At least one token must run. Slots past the new length are out of sight, and overwritten.
+        kept = min(common_prefix(self.cached, tokens), len(tokens) - 1)
+        length = jax.device_put(np.full(1, kept, np.int32))
+        cache = self.cache and dataclasses.replace(self.cache, length=length)
+        self.cache, self.cached = None, []
+        try:
+            output = self.model.generate(
+                np.asarray([tokens]),
+                past_key_values=cache,
+                streamer=stream,
+                return_dict_in_generate=True,
+                max_new_tokens=min(self.limit, room),
+                **self.options,
+            )
+        finally:
+            self.messages = [*asked, {"role": "assistant", "content": stream.text}]
+        self.cache, self.cached = output.past_key_values, (tokens + stream.tokens)[:-1]
+        reason = finish_reason(self.model.generation_config, stream.tokens)
+        return "context" if reason == "length" and room <= self.limit else reason
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading items are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def chat(name: str, *, system: str | None, max_new_tokens: int | None, options: dict[str, Any], dtype: str) -> None:
+    """Read messages from stdin and print the answers, until its end or /exit."""
+    folder = resolve_folder(name)
+    tokenizer = need_tokenizer(load_tokenizer(folder), folder)
+    chat_ids(tokenizer, [{"role": "user", "content": ""}])  # refuses one without a template, before weights are read
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    conversation = Conversation(model, tokenizer, system, max_new_tokens, options)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (gives input() its editing and history; not on Windows)
+        print(f"{name}: /help for commands, Ctrl-D to leave")
+    while True:
+        try:
+            line = input("> " if is_terminal else "").strip()
+            if line.startswith("/"):
+                obey(line, conversation)
+            elif line:
+                answer(line, conversation)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print()
+
+
+def obey(line: str, conversation: Conversation) -> None:
+    """Carry out a command; EOFError for /exit."""
+    command, _, text = line.partition(" ")
+    if command == "/exit":
+        raise EOFError
+    if command == "/clear":
+        conversation.messages = []
+    elif command == "/system":
+        conversation.system = text.strip() or None
+    else:
+        print(HELP if command == "/help" else f"unknown command {command}: /help lists them")
+
+
+def answer(message: str, conversation: Conversation) -> None:
+    """Print the answer to a message, and a line where it was cut or could not begin."""
+    stream = TextStream(decoder(conversation.tokenizer), print_now)
+    reason = conversation.ask(message, stream)
+    if stream.tokens:
+        print()
+    if reason in CUT:
+        print(CUT[reason].format(conversation), file=sys.stderr)

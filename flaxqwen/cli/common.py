@@ -1,0 +1,44 @@
+"""What several commands share: the module of a config, and sizes for people."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from flaxqwen.auto import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from flaxqwen.config import PretrainedConfig
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
+AUTO_CLASSES = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+)
+
+
+def module_of(config: PretrainedConfig) -> nn.Module:
+    """The module that the config's `architectures` names; the causal language model where it names none of ours.
+
+    Raises:
+      ValueError: a model_type that has no modules.
+    """
+    for auto in AUTO_CLASSES:
+        module = auto.modules.get(config.model_type)
+        if module is not None and module.__name__ in (config.architectures or ()):
+            return auto.module_of(config)
+    return AutoModelForCausalLM.module_of(config)
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units, as files and --max-shard-size have them: 988.1 MB."""
+    power = 0
+    while count >= 999.95 and power < 4:  # what would be printed as 1000.0
+        count, power = count / 1000, power + 1
+    return f"{count:.1f} {UNITS[power]}" if power else f"{count} B"

@@ -1,0 +1,186 @@
+"""`flaxqwen generate`, and what `flaxqwen chat` shares with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxqwen.auto import AutoModelForCausalLM
+from flaxqwen.cli.text import (
+    TextStream,
+    chat_ids,
+    decoder,
+    load_tokenizer,
+    make_messages,
+    need_tokenizer,
+    parse_ids,
+    read_prompt,
+)
+from flaxqwen.config import config_from_file
+from flaxqwen.generation.config import GenerationConfig
+from flaxqwen.generation.generate import check_input_ids
+from flaxqwen.hub import resolve_folder
+
+# Transformers' default, 20, cuts nearly every answer in the middle of a sentence.
+DEFAULT_NEW_TOKENS = 256
+
+
+def generate_text(
+    name: str,
+    prompt: str | None,
+    *,
+    file: Path | None,
+    ids: str | None,
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int | None,
+    options: dict[str, Any],
+    dtype: str,
+    stream: bool,
+    as_json: bool,
+) -> None:
+    """Continue one prompt and print the new text: as it comes (stream), or complete, or in a JSON object.
+
+    Args:
+      prompt, file, ids: where the prompt comes from, one of them.
+      chat, system: apply the chat template, with a system message.
+      options: of sampling, for generate().
+
+    Raises:
+      ValueError: a prompt that is empty, out of the vocabulary, longer than the context, or given in several ways.
+    """
+    check_sources(prompt, file, ids, chat, system)
+    folder = resolve_folder(name)
+    config = AutoModelForCausalLM.module_of(config_from_file(folder)).config
+    tokenizer = load_tokenizer(folder)
+    if ids is not None:
+        tokens = parse_ids(ids)
+    elif chat:
+        tokens = chat_ids(need_tokenizer(tokenizer, folder), make_messages(system, read_prompt(prompt, file)))
+    else:
+        tokens = need_tokenizer(tokenizer, folder)(read_prompt(prompt, file))["input_ids"]
+    inputs = check_input_ids(np.asarray([tokens]), config)  # before the weights are read
+    with CompileClock() as clock:
+        times = [clock.now()]
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        jax.block_until_ready(model.params)
+        times.append(clock.now())
+        output = TextStream(decoder(tokenizer), print_now if stream and not as_json else None, clock.now)
+        own = model.generation_config
+        length = length_options(own, max_new_tokens, room=config.context_length - len(tokens))
+        model.generate(inputs, streamer=output, **length, **options)
+        times += [output.first_at, clock.now()]
+    finish = finish_reason(own, output.tokens)
+    if as_json:
+        result = {
+            "model": name,
+            "prompt_tokens": tokens,
+            "new_tokens": output.tokens,
+            "text": output.text if tokenizer else None,
+            "finish_reason": finish,
+            "timings": timings(times, len(output.tokens), clock.compiling),
+        }
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    print("" if stream else output.text)
+    if finish == "length" and sys.stderr.isatty():
+        print(f"[stopped after {len(output.tokens)} tokens: --max-new-tokens N for more]", file=sys.stderr)
+
+
+def check_sources(prompt: str | None, file: Path | None, ids: str | None, chat: bool, system: str | None) -> None:
+    """ValueError for a prompt given in no way or in several, and for options that do not fit it."""
+    given = [name for name, value in (("PROMPT", prompt), ("--file", file), ("--ids", ids)) if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ValueError(f"expected one prompt: PROMPT, - (for stdin), --file or --ids; found {found}")
+    if chat and ids is not None:
+        raise ValueError("--chat applies to text; --ids gives the tokens as they are")
+    if system is not None and not chat:
+        raise ValueError("--system needs --chat")
+
+
+def sampling_options(
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    """Options of generate() for what was asked for; any of the first three decides whether to sample.
+
+    Raises:
+      ValueError: options of sampling together with a temperature of 0, which is greedy decoding.
+    """
+    options: dict[str, Any] = {"repetition_penalty": repetition_penalty, "seed": seed}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if temperature == 0:
+        if len(sampling) > 1:
+            raise ValueError("--temperature 0 is greedy decoding, where --top-p and --top-k have no effect: drop them")
+        options["do_sample"] = False
+    elif sampling:
+        options |= {"do_sample": True, **sampling}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def length_options(own: GenerationConfig, max_new_tokens: int | None, room: int) -> dict[str, Any]:
+    """The limit that was asked for; else the model's own; else DEFAULT_NEW_TOKENS within what the context leaves."""
+    if max_new_tokens is None and own.max_new_tokens is None and own.max_length is None:
+        max_new_tokens = min(DEFAULT_NEW_TOKENS, max(room, 1))
+    return {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+
+
+def finish_reason(own: GenerationConfig, tokens: list[int]) -> str:
+    """ "eos" where the new tokens end in an end-of-sequence token, else "length"."""
+    eos = own.eos_token_id
+    return "eos" if tokens[-1] in ((eos,) if isinstance(eos, int) else eos or ()) else "length"
+
+
+def timings(times: list[float], tokens: int, compiling: float) -> dict[str, float | None]:
+    """The JSON object of times [start, loaded, first token, end] that leave out compilation, which is apart."""
+    started, loaded, first, ended = times
+    return {
+        "load_seconds": loaded - started,
+        "compile_seconds": compiling,
+        "first_token_seconds": first - loaded,
+        "decode_tokens_per_second": (tokens - 1) / (ended - first) if tokens > 1 else None,
+    }
+
+
+def print_now(piece: str) -> None:
+    """Print a piece of text at once."""
+    print(piece, end="", flush=True)
+
+
+class CompileClock:
+    """A clock that stands still while jax traces and compiles: a first call is as fast as the next ones will be.
+
+    compiling: seconds that it stood still, since it was entered.
+    """
+
+    def __init__(self) -> None:
+        self.compiling = 0.0
+
+    def now(self) -> float:
+        """Seconds from some moment."""
+        return time.perf_counter() - self.compiling
+
+    def __enter__(self) -> CompileClock:
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.compiling += duration_secs

@@ -1,0 +1,210 @@
+"""What all commands share: help, errors in one line, exit codes; and the two short ones, info and parity."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import flaxqwen
+from flaxqwen.cache import init_cache
+from flaxqwen.cli.app import describe, main
+from tests.cli.conftest import Run, assert_refused
+
+
+def python(code: str, **options: Any) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_help_imports_nothing_slow():
+    code = (
+        "import sys; from flaxqwen.cli import main; assert main(['--help']) == 0;"
+        "slow = {'jax', 'numpy', 'transformers', 'torch', 'flax'} & set(sys.modules); assert not slow, slow"
+    )
+    process = python(code, stdout=subprocess.PIPE)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "generate" in out
+
+
+def test_a_closed_pipe_is_no_error():
+    code = "import sys; from flaxqwen.cli import main; sys.exit(main(['--help']))"
+    with python(code, stdout=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("command", ["convert", "generate", "chat", "info", "parity"])
+def test_every_command_has_help_with_examples(run: Run, command: str):
+    result = run(command, "-h")
+    assert (result.code, result.err) == (0, "")
+    assert f"  flaxqwen {command} " in result.out.partition("Examples:\n")[2]
+
+
+def test_without_a_command_it_shows_help(run: Run):
+    assert run().out == run("--help").out
+
+
+def test_version(run: Run):
+    assert run("--version").out == f"flaxqwen {flaxqwen.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["genrate"], "genrate"),
+        (["generate"], "MODEL"),
+        (["generate", "m", "hi", "--top-p", "1.5"], "--top-p"),
+        (["generate", "m", "hi", "--temperature", "-1"], "--temperature"),
+        (["generate", "m", "hi", "--temperature", "0", "--top-k", "5"], "--top-k"),
+        (["generate", "m", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "m", "hi", "--seed", "-1"], "--seed"),
+        (["generate", "m", "hi", "--dtype", "int8"], "int8"),
+        (["generate", "m", "hi", "--verbose"], "--verbose"),
+        (["generate", "m"], "--ids"),
+        (["generate", "m", "hi", "--file", "prompt.txt"], "PROMPT and --file"),
+        (["generate", "m", "hi", "--system", "x"], "--chat"),
+        (["generate", "m", "--ids", "1 2", "--chat"], "--chat"),
+        (["generate", "./absent", "hi"], "absent: no such folder"),
+        (["info", "./absent"], "absent: no such folder"),
+    ],
+)
+def test_wrong_usage_is_one_line(run: Run, args: list[str], word: str):
+    assert_refused(run(*args), word)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\n  lines"), "two lines"),
+        (KeyError("no such name: x"), "no such name: x"),
+        (OSError(errno.ENOSPC, "No space left on device at byte 8", "a/b"), "a/b: No space left on device at byte 8"),
+        (FileNotFoundError("a/b: no weights"), "a/b: no weights"),
+        (ModuleNotFoundError("parity needs torch"), "parity needs torch"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_errors_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str):
+    assert describe(error) == line
+    monkeypatch.setattr("flaxqwen.cli.info.show_info", raises(error))
+    assert_refused(run("info", "m"), line)
+
+
+def raises(error: BaseException) -> Any:
+    def call(*args: Any, **options: Any) -> None:
+        raise error
+
+    return call
+
+
+def test_full_accelerator_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch):
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes\nmore\nand more")
+    monkeypatch.setattr("flaxqwen.cli.info.show_info", raises(error))
+    assert_refused(run("info", "m"), "Out of memory allocating 5 bytes")
+
+
+def test_bugs_show_their_traceback(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flaxqwen.cli.info.show_info", raises(AttributeError("a bug")))
+    with pytest.raises(AttributeError, match="a bug"):
+        main(["info", "m"])
+
+
+def test_interrupt_exits_130(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flaxqwen.cli.info.show_info", raises(KeyboardInterrupt()))
+    result = run("info", "m")
+    assert (result.code, result.out, result.err.strip()) == (130, "", "")
+
+
+def test_info_counts_what_the_model_has(run: Run, random_model: Path):
+    values = json.loads(run("info", random_model, "--json").out)
+    model = flaxqwen.AutoModelForCausalLM.from_pretrained(random_model)
+    leaves = jax.tree.leaves(model.params)
+    assert values["architecture"] == "Qwen2ForCausalLM"
+    assert values["parameters"] == sum(leaf.size for leaf in leaves)
+    assert values["weight_bytes"] == sum(leaf.nbytes for leaf in leaves)
+    (row,) = values["memory"]
+    cache = init_cache(model.config, 1, 256, np.float32)
+    assert row["context"] == 256
+    assert row["kv_cache_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
+    assert row["total_bytes"] == values["weight_bytes"] + row["kv_cache_bytes"]
+    assert values["kv_cache_bytes_per_token"] * 256 == row["kv_cache_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "contexts"),
+    [
+        ("Qwen2.5-0.5B-Instruct", 494_032_768, [2048, 8192, 32768]),  # numbers of the models' cards and of the hub
+        ("Qwen2.5-7B-Instruct", 7_615_616_512, [2048, 8192, 32768]),
+        ("Qwen2-7B", 7_615_616_512, [2048, 8192, 32768, 131072]),
+    ],
+)
+def test_info_of_real_models(run: Run, shared: Path, name: str, parameters: int, contexts: list[int]):
+    folder = shared / "data" / "configs" / name
+    values = json.loads(run("info", folder, "--json").out)
+    assert (values["parameters"], values["weight_bytes"]) == (parameters, 2 * parameters)
+    assert [row["context"] for row in values["memory"]] == contexts
+    assert f"{parameters:,}" in run("info", folder).out
+
+
+def test_info_follows_architectures(run: Run, copied: Path):
+    change_config(copied, architectures=["Qwen2ForTokenClassification"], num_labels=3)
+    values = json.loads(run("info", copied, "--json").out)
+    assert values["architecture"] == "Qwen2ForTokenClassification"
+
+
+def test_info_says_what_is_quantized(run: Run, copied: Path):
+    change_config(copied, quantization_config={"quant_method": "awq", "bits": 4})
+    assert json.loads(run("info", copied, "--json").out)["quantization"] == "awq"
+    assert "awq, not supported" in run("info", copied).out
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@dataclass
+class StubReport:
+    passed: bool
+
+    def to_dict(self) -> dict[str, bool]:
+        return {"passed": self.passed}
+
+    def table(self) -> str:
+        return "the table"
+
+    def save(self, folder: Path) -> None:
+        folder.joinpath("report.json").write_text("{}")
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_parity_exits_by_its_tolerance(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, passed: bool):
+    calls = []
+
+    def compare(model: str, **options: Any) -> StubReport:
+        calls.append((model, options))
+        return StubReport(passed)
+
+    monkeypatch.setattr("flaxqwen.cli.parity.compare", compare)
+    result = run("parity", "m", "--dtype", "bfloat16", "--prompt", "a", "--prompt", "b", "--steps", "5", "--json")
+    assert (result.code, json.loads(result.out)) == (0 if passed else 1, {"passed": passed})
+    assert calls == [("m", {"dtype": "bfloat16", "prompts": ["a", "b"], "steps": 5})]
+    assert run("parity", "m", "--report", tmp_path).out == "the table\n"
+    assert calls[1] == ("m", {"dtype": "float32", "prompts": None, "steps": 32})
+    assert (tmp_path / "report.json").is_file()
+
+
+def test_parity_of_a_real_run(run: Run, random_model: Path):
+    pytest.importorskip("torch", reason="parity compares with PyTorch")
+    result = run("parity", random_model, "--prompt", "Hello", "--steps", "4", "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["passed"] is True
