@@ -250,12 +250,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            command = typer.main.get_command(app)
-            with command.make_context("flaxqwen", list(sys.argv[1:] if args is None else args)) as context:
-                command.invoke(context)
+            code = _run(sys.argv[1:] if args is None else list(args))
             sys.stdout.flush()
-    except typer.Exit as exit:
-        return exit.exit_code
+            return code
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
@@ -268,6 +265,16 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
         return USAGE_ERROR
+
+
+def _run(args: list[str]) -> int:
+    """Run a command line, without typer's own treatment of errors; returns the exit code."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("flaxqwen", args) as context:
+            command.invoke(context)
+    except typer.Exit as exit:
+        return exit.exit_code
     return 0
 
 

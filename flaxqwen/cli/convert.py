@@ -28,7 +28,7 @@ def convert_model(src: str, dst: Path, **options: Any) -> None:
     with Progress("Converting") as report:
         convert(source, dst, expected=expected, progress=report, **options)
     seconds = time.perf_counter() - started
-    sizes = {path.name: path.stat().st_size for path in sorted(dst.iterdir())}
+    sizes = {path.name: path.stat().st_size for path in sorted(dst.iterdir()) if path.is_file()}
     print(f"{dst}: {len(sizes)} files, {format_bytes(sum(sizes.values()))}, in {seconds:.1f} s")
     for name, size in sizes.items():
         print(f"  {name:<{max(map(len, sizes))}}  {format_bytes(size):>8}")

@@ -36,7 +36,7 @@ def test_help_imports_nothing_slow():
 
 
 def test_a_closed_pipe_is_no_error():
-    code = "import sys; from flaxqwen.cli import main; sys.exit(main(['--help']))"
+    code = "import sys; from flaxqwen.cli import main; sys.exit(main(['--version']))"
     with python(code, stdout=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
