@@ -95,8 +95,10 @@ def attend(
     weights = jax.nn.softmax(visibility.apply(scores, window), axis=-1).astype(query.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    output = jnp.einsum("BKGTS,BKSH->BTKGH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return output.astype(query.dtype).reshape(B, T, N, H), weights.reshape(B, N, T, S)
+    output = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    # Not in the einsum: XLA's CPU backend has no bfloat16 dot whose result is in another order.
+    output = output.transpose(0, 3, 1, 2, 4).astype(query.dtype)
+    return output.reshape(B, T, N, H), weights.reshape(B, N, T, S)
 
 
 def attend_in_blocks(
