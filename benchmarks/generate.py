@@ -3,10 +3,10 @@
     python -m benchmarks.generate [--model 0.5b] [--dtypes float32,bfloat16] [--batches 1,8] [--prompt 128] [--new 32]
                                   [--repeats 5]
 
-Both sides have random weights of a real geometry and generate greedily with no end of sequence. They take turns; medians
-are given, and the ratio (Transformers' time over ours) of each turn's pair. Prefill is generate() of one token; a decode
-step is what each further token adds. Transformers runs eagerly with sdpa, as it does by default. First calls, which
-compile, come before and do not count. The last line is JSON.
+Both sides have random weights of a real geometry and generate greedily with no end of sequence. They take turns;
+medians are given, and the ratio (Transformers' time over ours) of each turn's pair. Prefill is generate() of one token;
+a decode step is what each further token adds. Transformers runs eagerly with sdpa, as it does by default. First calls,
+which compile, come before and do not count. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def main() -> None:
             results.append({"dtype": dtype, "batch": batch, **found})
             print(f"{dtype} batch {batch}: " + ", ".join(f"{k} {v}" for k, v in found.items()), file=sys.stderr)
     print(
-        f"{'dtype':9} {'batch':>5} | {'prefill ms':>10} {'theirs':>8} {'ratio':>6} | {'decode ms':>9} {'theirs':>8} ratio"
+        f"{'dtype':9} {'batch':>5} | {'prefill ms':>10} {'theirs':>8} {'ratio':>6} "
+        f"| {'decode ms':>9} {'theirs':>8} ratio"
     )
     for r in results:
         print(

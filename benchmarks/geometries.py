@@ -1,4 +1,4 @@
-"""The official geometries of Qwen2.5, so that a benchmark runs anywhere, with random weights and nothing to download."""
+"""The official geometries of Qwen2.5: a benchmark runs anywhere, with random weights and nothing to download."""
 
 from __future__ import annotations
 

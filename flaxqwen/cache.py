@@ -17,8 +17,7 @@ from flaxqwen.config import Qwen2Config
 Pair = tuple[jax.Array, jax.Array]
 
 
-@flax.struct.dataclass
-class LayerCache:
+class LayerCache(flax.struct.PyTreeNode):
     """Rotated keys, and values, of one layer: each [B, K, S, H].
 
     Two arrays per layer, written by dynamic_update_slice along S: with [B, S, K, H], or with keys and values in one
@@ -29,7 +28,7 @@ class LayerCache:
     value: jax.Array
 
     def append(self, key: jax.Array, value: jax.Array, at: jax.Array) -> LayerCache:
-        """Write key and value [B, K, T, H] at slots `at` ([] or [B]) and onwards. In place when the cache is donated."""
+        """Write key and value [B, K, T, H] from slots `at` ([] or [B]) on. In place when the cache is donated."""
         key, value = key.astype(self.key.dtype), value.astype(self.value.dtype)
         arrays = (self.key, self.value, key, value, at.reshape(()) if at.size == 1 else at)
         return LayerCache(*jax.lax.platform_dependent(*arrays, cpu=_write_in_loop, default=_write))
@@ -63,8 +62,7 @@ def _write_in_loop(key: jax.Array, value: jax.Array, new_key: jax.Array, new_val
     return jax.lax.fori_loop(0, key.shape[axis], step, (key, value))
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """What the model remembers of the tokens it has seen.
 
     layers: one LayerCache a layer.

@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -67,8 +68,7 @@ class CausalLM(Protocol):
     def generation_config(self) -> GenerationConfig: ...
 
 
-@flax.struct.dataclass
-class GenerateDecoderOnlyOutput(ModelOutput):
+class GenerateDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):
     """Transformers' output of return_dict_in_generate.
 
     sequences: [B, P + n] int32, prompts included. scores, logits: n of [B, V] float32, processed and raw, if asked for.
@@ -93,6 +93,11 @@ class Inputs:
     def padded(self) -> bool:
         """Whether any column is padding."""
         return not self.attention_mask.all()
+
+    def repeat(self, copies: int) -> Inputs:
+        """Each row `copies` times, next to itself."""
+        ids, mask = (np.repeat(a, copies, axis=0) for a in (self.input_ids, self.attention_mask))
+        return Inputs(ids, mask, self.cached)
 
 
 def bucket(n: int, smallest: int) -> int:
@@ -173,8 +178,8 @@ def generate(
         return sequences
     return GenerateDecoderOnlyOutput(
         sequences=sequences,
-        scores=tuple(s for o in steps for s in o.scores) if resolved.output_scores else None,
-        logits=tuple(s for o in steps for s in o.logits) if resolved.output_logits else None,
+        scores=tuple(s for o in steps if o.scores is not None for s in o.scores) if resolved.output_scores else None,
+        logits=tuple(s for o in steps if o.logits is not None for s in o.logits) if resolved.output_logits else None,
         past_key_values=cache if resolved.use_cache else None,
     )
 
@@ -188,36 +193,14 @@ def run(
       StepOutput of numpy arrays, [steps, B, ...], cut at the step that ends the last row, and the cache, which is valid
       only with the last yield.
     """
+    steps, ahead = CHUNK.get(_platform(model.params), DEFAULT_CHUNK)
     copies = options.num_return_sequences
     if cache is not None and copies > 1:  # the rows must part before the shared prompt is run: the cache is donated
-        rows = Inputs(
-            *(np.repeat(a, copies, axis=0) for a in (request.input_ids, request.attention_mask)), request.cached
-        )
-        request, cache, copies = rows, repeat_cache(cache, copies=copies), 1
-    length = request.input_ids.shape[1]
-    steps, ahead = CHUNK.get(_platform(model.params), DEFAULT_CHUNK)
-    tokens = bucket(length - request.cached, SMALLEST_PROMPT)
-    # The padding of a bucket is written too, and the last program may run past the last token.
-    capacity = bucket(request.cached + tokens + options.max_new_tokens + steps, SMALLEST_CACHE)
-    if cache is not None:
-        capacity = max(capacity, cache.capacity)
-        bound = min(bucket(request.cached + tokens, SMALLEST_CACHE), capacity)
-        cache = cache if cache.capacity == capacity else grow_cache(cache, capacity=capacity)
-        cache = cache.replace(bound=bound)
-    keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
+        request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
     choice = make_choice(request, options, copies)
-    prompt = make_prompt(request, tokens, capacity)
-    state, output = loop.prefill(
-        model.module,
-        model.params,
-        prompt,
-        choice,
-        cache,
-        capacity=capacity,
-        cache_dtype=cache_dtype(model),
-        copies=copies,
-        **keep,
-    )
+    keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
+    state, output = start(model, request, choice, cache, copies, options.max_new_tokens + steps, keep)
+    length, capacity = request.input_ids.shape[1], state.cache.capacity
     queue = deque([output])
     dispatched, done = 1, 0
     finished = np.zeros(len(request.input_ids) * copies, bool)
@@ -232,11 +215,44 @@ def run(
         count, finished = count_steps(output.tokens[: options.max_new_tokens - done], finished, options.eos_token_id)
         done += count
         lengths = np.full(finished.shape, length + done - 1, np.int32)
-        cache = state.cache.replace(length=lengths, bound=None)
         yield (
-            loop.StepOutput(*(a if a is None else a[:count] for a in (output.tokens, output.scores, output.logits))),
-            cache,
+            jax.tree.map(partial(_first, count), output),
+            state.cache.replace(length=lengths, bound=None),
         )
+
+
+def start(
+    model: CausalLM,
+    request: Inputs,
+    choice: TokenChoice,
+    cache: KVCache | None,
+    copies: int,
+    room: int,
+    keep: dict[str, bool],
+) -> tuple[loop.DecodeState, loop.StepOutput]:
+    """Prefill what the cache does not hold yet, in a cache with room for `room` tokens more."""
+    tokens = bucket(request.input_ids.shape[1] - request.cached, SMALLEST_PROMPT)
+    # The padding of a bucket is written too.
+    capacity = bucket(request.cached + tokens + room, SMALLEST_CACHE)
+    if cache is not None:
+        capacity = max(capacity, cache.capacity)
+        cache = cache if cache.capacity == capacity else grow_cache(cache, capacity=capacity)
+        cache = cache.replace(bound=min(bucket(request.cached + tokens, SMALLEST_CACHE), capacity))
+    return loop.prefill(
+        model.module,
+        model.params,
+        make_prompt(request, tokens, capacity),
+        choice,
+        cache,
+        capacity=capacity,
+        cache_dtype=cache_dtype(model),
+        copies=copies,
+        **keep,
+    )
+
+
+def _first(count: int, array: np.ndarray) -> np.ndarray:
+    return array[:count]
 
 
 def count_steps(tokens: np.ndarray, finished: np.ndarray, eos_ids: tuple[int, ...]) -> tuple[int, np.ndarray]:

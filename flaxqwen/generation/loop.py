@@ -19,12 +19,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxqwen.cache import KVCache, init_cache
 from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, process
+from flaxqwen.models.outputs import CausalLMOutputWithPast
 
 Params = dict[str, Any]
 
 
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """The scan's carry.
 
     cache: keys and values of every token but the newest.
@@ -43,8 +43,7 @@ class DecodeState:
     finished: jax.Array
 
 
-@flax.struct.dataclass
-class StepOutput:
+class StepOutput(flax.struct.PyTreeNode):
     """What steps give the host: tokens [steps, B], and, if asked for, processed scores and raw logits [steps, B, V]."""
 
     tokens: jax.Array
@@ -52,8 +51,7 @@ class StepOutput:
     logits: jax.Array | None = None
 
 
-@flax.struct.dataclass
-class Prompt:
+class Prompt(flax.struct.PyTreeNode):
     """The part of the prompts that the cache does not hold yet, padded on the right to a bucket.
 
     tokens, position_ids: [B, T] int32.
@@ -104,20 +102,19 @@ def prefill(
     # Rows are aligned, and stay so: one length for all keeps the writes plain slices.
     cache = cache.replace(length=jnp.max(cache.length))
     start = cache.length
-    output = module.apply(
-        {"params": params},
+    logits, cache = _run(
+        module,
+        params,
         tokens,
         attention_mask=prompt.slot_mask,
         position_ids=prompt.position_ids,
         past_key_values=cache,
-        use_cache=True,
         logits_to_keep=jnp.asarray(prompt.last)[None],
-        return_dict=True,
     )
     # What was written after the last real token is out of sight, and overwritten step by step.
-    cache = output.past_key_values.replace(length=start + prompt.last + 1)
+    cache = cache.replace(length=start + prompt.last + 1)
     position = jnp.asarray(prompt.position_ids)[:, prompt.last]
-    rows = (cache.layers, prompt.slot_mask, prompt.input_ids, position, output.logits[:, 0])
+    rows = (cache.layers, prompt.slot_mask, prompt.input_ids, position, logits)
     layers, slot_mask, input_ids, position, logits = _repeat(rows, copies)
     cache = cache.replace(layers=layers)
     finished = jnp.zeros(logits.shape[0], bool)
@@ -144,19 +141,26 @@ def decode(
         # (1,980 MB of temporaries at 0.5B).
         weights, state = jax.lax.optimization_barrier((params, state))
         newest = jax.lax.dynamic_slice_in_dim(state.input_ids, state.cur_len - 1, 1, axis=1)
-        output = module.apply(
-            {"params": weights},
+        logits, cache = _run(
+            module,
+            weights,
             newest,
             attention_mask=state.slot_mask,
             position_ids=state.position[:, None],
             past_key_values=state.cache,
-            use_cache=True,
-            return_dict=True,
         )
-        state = state.replace(cache=output.past_key_values)
-        return _extend(state, choice, output.logits[:, 0], keep_scores, keep_logits)
+        return _extend(state.replace(cache=cache), choice, logits, keep_scores, keep_logits)
 
     return jax.lax.scan(step, state, None, length=steps)
+
+
+def _run(module: nn.Module, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, KVCache]:
+    """The model on new tokens [B, T], into the cache: logits [B, V] of the one position kept, and the cache."""
+    output = module.apply({"params": params}, tokens, use_cache=True, return_dict=True, **inputs)
+    assert isinstance(output, CausalLMOutputWithPast)
+    assert output.logits is not None
+    assert output.past_key_values is not None
+    return output.logits[:, 0], output.past_key_values
 
 
 def _extend(

@@ -13,8 +13,7 @@ from jax.typing import ArrayLike
 from flaxqwen.generation.processors import LogitsProcessor
 
 
-@flax.struct.dataclass
-class TokenChoice:
+class TokenChoice(flax.struct.PyTreeNode):
     """How the next token is chosen. Values are traced; which processors there are, and do_sample, are static.
 
     processors: applied in order.

@@ -56,9 +56,9 @@ class Qwen2ForSequenceClassification(nn.Module):
         Raises:
           ValueError: several rows and no pad_token_id in the config.
         """
-        output = self.model(
+        output = self.model.forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_attentions,
-            output_hidden_states, True, deterministic=deterministic,
+            output_hidden_states, deterministic=deterministic,
         )  # fmt: skip
         last = self.last_positions(input_ids, output.last_hidden_state.shape)
         pooled = jnp.take_along_axis(output.last_hidden_state, last[:, None, None], axis=1)[:, 0]  # [B, D]
@@ -110,9 +110,9 @@ class Qwen2ForTokenClassification(nn.Module):
         deterministic: bool = True,
     ) -> TokenClassifierOutput | tuple:
         """As Qwen2Model; labels: [B, T] int, -100 is ignored. deterministic=False applies dropout before the head."""
-        output = self.model(
+        output = self.model.forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_attentions,
-            output_hidden_states, True, deterministic=deterministic,
+            output_hidden_states, deterministic=deterministic,
         )  # fmt: skip
         logits = self.score(self.dropout(output.last_hidden_state, deterministic=deterministic))
         loss = None if labels is None else cross_entropy(logits, labels)
@@ -147,9 +147,9 @@ class Qwen2ForQuestionAnswering(nn.Module):
         deterministic: bool = True,
     ) -> QuestionAnsweringModelOutput | tuple:
         """As Qwen2Model; start_positions, end_positions: [B] int, both or no loss."""
-        output = self.transformer(
+        output = self.transformer.forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, False, output_attentions,
-            output_hidden_states, True, deterministic=deterministic,
+            output_hidden_states, deterministic=deterministic,
         )  # fmt: skip
         logits = self.qa_outputs(output.last_hidden_state)  # [B, T, 2]
         start, end = logits[..., 0], logits[..., 1]

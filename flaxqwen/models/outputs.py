@@ -40,19 +40,17 @@ class ModelOutput:
         return len(self.keys())
 
 
-@flax.struct.dataclass
-class BaseModelOutputWithPast(ModelOutput):
+class BaseModelOutputWithPast(ModelOutput, flax.struct.PyTreeNode):
     """last_hidden_state [B, T, D]; hidden_states: layers + 1 of [B, T, D], the last one normed; attentions: a
     [B, N, T, S] per layer; past_key_values: the cache with the new tokens in it."""
 
-    last_hidden_state: jax.Array | None = None
+    last_hidden_state: jax.Array
     past_key_values: KVCache | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
-class CausalLMOutputWithPast(ModelOutput):
+class CausalLMOutputWithPast(ModelOutput, flax.struct.PyTreeNode):
     """loss: float32 scalar; logits [B, T, V], or of the positions kept."""
 
     loss: jax.Array | None = None
@@ -62,8 +60,7 @@ class CausalLMOutputWithPast(ModelOutput):
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
-class SequenceClassifierOutputWithPast(ModelOutput):
+class SequenceClassifierOutputWithPast(ModelOutput, flax.struct.PyTreeNode):
     """loss: scalar; logits [B, num_labels], of each row's last token that is not padding."""
 
     loss: jax.Array | None = None
@@ -73,8 +70,7 @@ class SequenceClassifierOutputWithPast(ModelOutput):
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
-class TokenClassifierOutput(ModelOutput):
+class TokenClassifierOutput(ModelOutput, flax.struct.PyTreeNode):
     """loss: scalar; logits [B, T, num_labels]."""
 
     loss: jax.Array | None = None
@@ -83,8 +79,7 @@ class TokenClassifierOutput(ModelOutput):
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
-class QuestionAnsweringModelOutput(ModelOutput):
+class QuestionAnsweringModelOutput(ModelOutput, flax.struct.PyTreeNode):
     """loss: scalar; start_logits and end_logits [B, T]."""
 
     loss: jax.Array | None = None

@@ -9,6 +9,8 @@ H head dim, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,10 +36,10 @@ class Qwen2MLP(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        common = {"stddev": config.initializer_range, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.gate_proj = Linear(config.intermediate_size, **common)
-        self.up_proj = Linear(config.intermediate_size, **common)
-        self.down_proj = Linear(config.hidden_size, **common)
+        linear = partial(Linear, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.gate_proj = linear(config.intermediate_size)
+        self.up_proj = linear(config.intermediate_size)
+        self.down_proj = linear(config.hidden_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
@@ -56,11 +58,11 @@ class Qwen2Attention(nn.Module):
     def setup(self) -> None:
         config = self.config
         N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        common = {"stddev": config.initializer_range, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.q_proj = Linear(N * H, use_bias=True, **common)
-        self.k_proj = Linear(K * H, use_bias=True, **common)
-        self.v_proj = Linear(K * H, use_bias=True, **common)
-        self.o_proj = Linear(config.hidden_size, **common)
+        linear = partial(Linear, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.q_proj = linear(N * H, use_bias=True)
+        self.k_proj = linear(K * H, use_bias=True)
+        self.v_proj = linear(K * H, use_bias=True)
+        self.o_proj = linear(config.hidden_size)
         self.dropout = nn.Dropout(config.attention_dropout)
         sliding = config.layer_types[self.layer_index] == "sliding_attention"
         self.window = config.sliding_window if sliding else None
@@ -182,15 +184,33 @@ class Qwen2Model(nn.Module):
         Raises:
           ValueError: both or none of input_ids and inputs_embeds; a mask whose shape does not fit.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        output = self.forward(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_attentions,
+            output_hidden_states, cache_position, segment_ids, deterministic,
+        )  # fmt: skip
+        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def forward(
+        self,
+        input_ids: jax.Array | None,
+        attention_mask: jax.Array | None,
+        position_ids: jax.Array | None,
+        past_key_values: KVCache | None,
+        inputs_embeds: jax.Array | None,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        cache_position: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> BaseModelOutputWithPast:
+        """As __call__, but for return_dict."""
+        x = self.embed(input_ids, inputs_embeds)
         config = self.config
         use_cache = _default(use_cache, config.use_cache and deterministic and segment_ids is None)
         output_attentions = _default(output_attentions, config.output_attentions)
         output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
 
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = x.astype(self.dtype or self.embed_tokens.weight.dtype)
         cache, T = past_key_values, x.shape[1]
         if cache is not None and cache_position is not None:
             cache = cache.replace(length=jnp.broadcast_to(cache_position[0], cache.length.shape).astype(jnp.int32))
@@ -206,7 +226,8 @@ class Qwen2Model(nn.Module):
             hidden_states.append(x)
             x, layer_cache, weights = layer(x, rope, visibility, cache, output_attentions, deterministic)
             filled.append(layer_cache)
-            attentions.append(weights)
+            if weights is not None:
+                attentions.append(weights)
         x = self.norm(x)
         hidden_states.append(x)
 
@@ -216,13 +237,22 @@ class Qwen2Model(nn.Module):
             cache = KVCache(tuple(filled), jnp.full((x.shape[0],), T, jnp.int32))
         else:
             cache = cache.replace(layers=tuple(filled), length=cache.length + T)
-        output = BaseModelOutputWithPast(
+        return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
-        return output if _default(return_dict, config.return_dict) else output.to_tuple()
+
+    def embed(self, input_ids: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
+        """[B, T, D] in the compute dtype, from whichever of the two is given."""
+        if input_ids is not None and inputs_embeds is None:
+            x = self.embed_tokens(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            x = inputs_embeds
+        else:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        return x.astype(self.dtype or self.embed_tokens.weight.dtype)
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -270,9 +300,9 @@ class Qwen2ForCausalLM(nn.Module):
         Raises:
           ValueError: as Qwen2Model; a bool logits_to_keep, whose result would have no static shape.
         """
-        output = self.model(
+        output = self.model.forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_attentions,
-            output_hidden_states, True, cache_position, segment_ids, deterministic,
+            output_hidden_states, cache_position, segment_ids, deterministic,
         )  # fmt: skip
         if num_logits_to_keep is not None:
             logits_to_keep = num_logits_to_keep

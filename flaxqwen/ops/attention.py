@@ -20,8 +20,7 @@ MASKED = float(jnp.finfo(jnp.float32).min)
 QUERY_BLOCK = 512
 
 
-@flax.struct.dataclass
-class Visibility:
+class Visibility(flax.struct.PyTreeNode):
     """Which cache slots each new token may see, in parts that broadcast: [T, S] is formed a block at a time.
 
     query_slot: [B, T] (or [1, T]) int32, the slot of each new token; it sees its own slot and those before.
