@@ -75,9 +75,9 @@ class GenerateDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):
     past_key_values: the cache of all tokens but the last, to be given to another generate().
     """
 
-    sequences: jax.Array | None = None
-    scores: tuple[jax.Array, ...] | None = None
-    logits: tuple[jax.Array, ...] | None = None
+    sequences: np.ndarray
+    scores: tuple[np.ndarray, ...] | None = None
+    logits: tuple[np.ndarray, ...] | None = None
     past_key_values: KVCache | None = None
 
 
@@ -117,7 +117,7 @@ def generate(
     past_key_values: KVCache | None = None,
     streamer: Streamer | None = None,
     **options: Any,
-) -> jax.Array | GenerateDecoderOnlyOutput:
+) -> np.ndarray | GenerateDecoderOnlyOutput:
     """Continue prompts, as `GenerationMixin.generate` in transformers/generation/utils.py.
 
     Args:
@@ -131,8 +131,9 @@ def generate(
         numpy's global generator, which transformers.set_seed seeds). The draws are not torch's; the distribution is.
 
     Returns:
-      [B x num_return_sequences, P + n] int32 token ids, prompts included, finished rows filled with the pad token;
-      with return_dict_in_generate a GenerateDecoderOnlyOutput.
+      [B x num_return_sequences, P + n] int32 token ids, prompts included, finished rows filled with the pad token; a
+      numpy array, because Transformers' tokenizers decode those. With return_dict_in_generate a
+      GenerateDecoderOnlyOutput.
 
     Raises:
       ValueError: what Transformers refuses (config.resolve), and prompts that are empty, out of the vocabulary or
@@ -173,7 +174,7 @@ def generate(
     if streamer is not None:
         streamer.end()
     new = np.concatenate([output.tokens for output in steps]).T
-    sequences = jax.device_put(np.concatenate([prompts, new], axis=1))
+    sequences = np.concatenate([prompts, new], axis=1)
     if not resolved.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(
