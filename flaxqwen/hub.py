@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-SMALL_FILES = ("*.json", "*.txt", "*.jinja")
-# What a repository's weights may be in, the first that is there; the same order as convert.checkpoint.WEIGHT_FILES.
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "flax_model*.msgpack")
+SMALL_FILES = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+# The files of each format of weights, in the order in which open_checkpoint looks for them in a folder. A repository
+# may hold several formats and variants ("model.fp16.safetensors") of the same weights: only the first is fetched.
+WEIGHTS = (
+    ("model.safetensors", "model-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model-*.bin"),
+    ("flax_model.safetensors", "flax_model-*.safetensors"),
+    ("flax_model.msgpack",),
+)
 
 
 def resolve_folder(
@@ -26,8 +32,9 @@ def resolve_folder(
 
     Args:
       name: a folder, or a hub id such as "Qwen/Qwen2.5-0.5B-Instruct".
-      weights: False fetches only config and tokenizer.
-      revision, token, cache_dir, local_files_only: as in Transformers. HF_HUB_OFFLINE=1 is heeded.
+      weights: False fetches only what is small: config, tokenizer, licence.
+      revision, token, cache_dir, local_files_only: of the hub, as in Transformers; a folder has no use for them.
+        HF_HUB_OFFLINE=1 is heeded.
 
     Raises:
       FileNotFoundError: no such folder, nor such a repository (or it cannot be reached, and is not in the cache).
@@ -39,24 +46,31 @@ def resolve_folder(
         raise FileNotFoundError(f"{name}: a file; expected the folder of a model, or a hub id")
     if not HUB_ID.fullmatch(str(name)):
         raise FileNotFoundError(f"{name}: no such folder")
-    where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    where["local_files_only"] = local_files_only
-    folder = _snapshot(str(name), SMALL_FILES, where)
+    where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = _snapshot(str(name), SMALL_FILES, revision=revision, **where)
     if not weights:
         return folder
-    for pattern in WEIGHTS:
-        folder = _snapshot(str(name), (*SMALL_FILES, pattern), where)
-        if any(folder.glob(pattern)):
+    for files in WEIGHTS:
+        # The folder's name is the commit: a push in between does not mix two states of the repository.
+        folder = _snapshot(str(name), files, revision=folder.name, **where)
+        if any(path for pattern in files for path in folder.glob(pattern)):
             return folder
-    raise FileNotFoundError(f"{name}: no weights in the repository; expected one of {', '.join(WEIGHTS)}")
+    expected = ", ".join(files[0] for files in WEIGHTS)
+    where_from = "the cache of the repository" if local_files_only else "the repository"
+    raise FileNotFoundError(f"{name}: no weights in {where_from}; expected one of {expected}, or shards of it")
 
 
-def _snapshot(name: str, patterns: tuple[str, ...], where: dict[str, Any]) -> Path:
+def _snapshot(name: str, patterns: tuple[str, ...], **where: Any) -> Path:
+    """The folder of a repository's state, with the files of its root that fit the patterns."""
     import huggingface_hub  # 0.2 s, and local folders do without
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **where))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"], **where)
+        )
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # "401 Client Error. (Request ID: ...)" stands before the hub's own words.
+        reason = lines[1] if lines[0][0].isdigit() and len(lines) > 1 else lines[0]
         raise FileNotFoundError(f"{name}: no such folder, and not to be had from the hub: {reason}") from error

@@ -1,31 +1,42 @@
 """A module with its parameters: what AutoModel...from_pretrained returns.
 
-Axes: B batch, T new tokens.
+Axes: B batch, T new tokens, S cache capacity.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import os
 import tempfile
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from flaxqwen.cache import KVCache, grow_cache
 from flaxqwen.config import PretrainedConfig
 from flaxqwen.convert import save_params
 from flaxqwen.generation.config import GenerationConfig
-from flaxqwen.generation.generate import SMALLEST_CACHE, bucket, check_token_ids, generate
+from flaxqwen.generation.generate import SMALLEST_CACHE, CausalLM, bucket, check_token_ids, generate
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 
 Params = dict[str, Any]
 
+# Arguments that are numbers of the program, not of the data.
+STATIC_INTS = ("logits_to_keep", "num_logits_to_keep")
+# The weights that a push replaces: shards of an earlier one would stay beside a single file, or the other way round.
+REPLACED = {
+    "pytorch": ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    "flax": ("flax_model.*", "flax_model-*.safetensors"),
+}
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A Linen module and its parameters, with the methods that Transformers' models have.
 
@@ -35,34 +46,52 @@ class Model:
     """
 
     module: nn.Module
-    params: Params = dataclasses.field(repr=False)
-    config: PretrainedConfig = dataclasses.field(repr=False)
+    params: Params
+    config: PretrainedConfig
     generation_config: GenerationConfig
 
-    def __call__(self, input_ids: Any = None, attention_mask: Any = None, **inputs: Any) -> Any:
-        """forward, jitted: the arguments of the module, with numpy, jax or torch arrays or lists, and its output.
+    def __repr__(self) -> str:
+        return f"Model({type(self.module).__name__}, {self.num_parameters():,} parameters, {self.dtype.name})"
 
-        The cache in past_key_values is left as it was; it grows where it has no room for the new tokens.
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """forward, jitted: the arguments of the module, as numpy, jax or torch arrays or lists, and its output.
+
+        The cache in past_key_values is left as it was; where it has no room for the new tokens, the one returned is
+        larger. Inside a transformation of jax what is traced cannot be looked at: a traced cache must have room.
+
+        Args:
+          input_ids: [B, T] int, or inputs_embeds [B, T, D].
+          attention_mask: 0 and 1 for all tokens so far, those in past_key_values included; or 4D as in the module.
+          inputs: the others, as in the module's `__call__`.
 
         Raises:
-          ValueError: token ids out of the vocabulary; a mask that does not fit the tokens seen so far.
           TypeError: unknown arguments.
+          ValueError: token ids out of the vocabulary; a mask or a cache that does not fit the tokens.
         """
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        static = {k: v for k, v in given.items() if isinstance(v, bool) or (k in STATIC_INTS and isinstance(v, int))}
-        arrays = {k: v if isinstance(v, KVCache) else _to_array(v) for k, v in given.items() if k not in static}
-        arrays = {k: v for k, v in arrays.items() if v is not None}
-        if "input_ids" in arrays:
-            check_token_ids(arrays["input_ids"], self.config)
-        if "past_key_values" in arrays:
-            arrays["past_key_values"] = _with_room(arrays)
-        return _forward(self.module, self.params, arrays, tuple(sorted(static.items())))
+        _check_names(self.module, inputs)
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        arrays, static = _split(inputs)
+        _check_tokens(arrays, self.config)
+        return _forward(self.module, self.params, _fit(arrays), tuple(sorted(static.items())))
 
     def generate(self, inputs: Any = None, generation_config: Any = None, **options: Any) -> Any:
-        """Continue prompts; see flaxqwen.generation.generate."""
-        if not isinstance(self.module, Qwen2ForCausalLM):
+        """Continue prompts; see flaxqwen.generation.generate.
+
+        Raises:
+          TypeError: the model has no language-model head.
+        """
+        if not self.can_generate():
             raise TypeError(f"{type(self.module).__name__} has no language-model head: load it by AutoModelForCausalLM")
-        return generate(self, inputs, generation_config, **options)
+        return generate(cast(CausalLM, self), inputs, generation_config, **options)
 
     def save_pretrained(
         self,
@@ -71,8 +100,19 @@ class Model:
         to: Literal["flax", "pytorch"] = "flax",
         max_shard_size: str | int = "5GB",
     ) -> None:
-        """Write config.json, generation_config.json and the weights (safetensors of Flax or of PyTorch) into a folder."""
-        config = dataclasses.replace(self.config, architectures=(type(self.module).__name__,), dtype=str(self.dtype))
+        """Write config.json, generation_config.json and the weights into a folder.
+
+        Args:
+          save_directory: made if need be; weights of the same framework in it are replaced.
+          to: "flax" for flax_model.safetensors, "pytorch" for the model.safetensors that Transformers loads.
+          max_shard_size: bytes of a file, as int or like "200MB".
+
+        Raises:
+          FileExistsError: the folder holds weights of the other framework, which would be stale.
+          ValueError: an unknown `to`, or no size.
+          OSError: a file cannot be written. Nothing is left of weights that are not whole.
+        """
+        config = dataclasses.replace(self.config, architectures=(type(self.module).__name__,), dtype=self.dtype.name)
         save_params(self.params, save_directory, to=to, max_shard_size=max_shard_size)
         config.save_pretrained(save_directory)
         if self.can_generate():
@@ -89,15 +129,28 @@ class Model:
         token: str | bool | None = None,
         revision: str | None = None,
     ) -> str:
-        """Save, and upload to a repository of the hub, which is made if need be. Returns the commit's address."""
-        import huggingface_hub
+        """Save, and upload to a repository of the hub, which is made if need be, as is the branch `revision`.
+
+        Weights of the same framework from an earlier push are removed in the same commit.
+
+        Returns:
+          The commit's address.
+        """
+        import huggingface_hub  # 0.2 s, and few push
 
         api = huggingface_hub.HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, to=to, max_shard_size=max_shard_size)
-            message = commit_message or f"Upload {type(self.module).__name__}"
-            commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, revision=revision)
+            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/"):
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=commit_message or f"Upload {type(self.module).__name__}",
+                revision=revision,
+                delete_patterns=list(REPLACED[to]),
+            )
         return commit.commit_url
 
     def can_generate(self) -> bool:
@@ -121,34 +174,110 @@ class Model:
         return min(jax.tree.leaves(self.params)[0].devices(), key=lambda device: device.id)
 
 
-# Arguments that are numbers of the program, not of the data.
-STATIC_INTS = ("logits_to_keep", "num_logits_to_keep")
-
-
 @partial(jax.jit, static_argnames=("module", "static"))
 def _forward(module: nn.Module, params: Params, arrays: dict[str, Any], static: tuple[tuple[str, Any], ...]) -> Any:
     return module.apply({"params": params}, **arrays, **dict(static))
 
 
-def _to_array(value: Any) -> Any:
-    """Lists and torch tensors as numpy arrays, 64-bit numbers as the 32-bit ones that jax computes in."""
-    if value is None or isinstance(value, jax.Array):
+def _check_names(module: nn.Module, inputs: dict[str, Any]) -> None:
+    """TypeError for an argument that the module does not have, even where it is None."""
+    if not inputs:  # looking at a signature takes 20 us
+        return
+    names = tuple(inspect.signature(module.__call__).parameters)
+    for name in inputs:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
+            raise TypeError(f"{type(module).__name__} has no argument {name!r}; {hint}")
+
+
+def _split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments that are data, as arrays, and those that decide which program it is; None is neither."""
+    arrays: dict[str, Any] = {}
+    static: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, bool):
+            static[name] = value
+        elif name in STATIC_INTS and isinstance(value, int | np.integer):
+            static[name] = int(value)
+        elif name == "past_key_values" and value is not None:
+            if not isinstance(value, KVCache):
+                raise TypeError(
+                    f"past_key_values is a {type(value).__name__}; expected the KVCache of an earlier output"
+                )
+            arrays[name] = value
+        elif value is not None:
+            arrays[name] = _to_array(name, value)
+    return arrays, static
+
+
+def _to_array(name: str, value: Any) -> Any:
+    """An array of numpy or jax; jit itself takes 64-bit numbers for the 32-bit ones that jax computes in."""
+    if isinstance(value, jax.Array):
         return value
-    array = np.asarray(value)
-    narrow = {"int64": np.int32, "float64": np.float32}.get(array.dtype.name)
-    return array if narrow is None else array.astype(narrow)
+    if hasattr(value, "detach"):  # torch's, maybe on its own device or in a graph
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value  # numpy has no such dtype
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array: {error}") from None
 
 
-def _with_room(arrays: dict[str, Any]) -> KVCache:
-    """The cache, grown if need be; the mask, if 2D, must cover what is in it and the new tokens."""
-    cache: KVCache = arrays["past_key_values"]
-    new = arrays["input_ids"] if "input_ids" in arrays else arrays["inputs_embeds"]
-    at = arrays.get("cache_position")
-    needed = int(np.max(jax.device_get(cache.length if at is None else at[:1]))) + new.shape[1]
+def _check_tokens(arrays: dict[str, Any], config: Any) -> None:
+    """ValueError for tokens that are not [B, T] (embeddings: [B, T, D]), or are out of the vocabulary."""
+    for name, axes in (("input_ids", "[batch, tokens]"), ("inputs_embeds", "[batch, tokens, hidden_size]")):
+        if name in arrays and (np.ndim(arrays[name]) != axes.count(",") + 1 or 0 in arrays[name].shape):
+            raise ValueError(f"{name} has shape {arrays[name].shape}; expected {axes}, none of them 0")
+    ids = arrays.get("input_ids")
+    if ids is None:
+        return
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"input_ids is {ids.dtype}; expected integers")
+    if not isinstance(ids, Tracer):
+        check_token_ids(ids, config)
+
+
+def _fit(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with a cache that has room for the new tokens and a mask that fits both.
+
+    Raises:
+      ValueError: a cache or a mask that does not.
+    """
+    new = arrays.get("input_ids", arrays.get("inputs_embeds"))
+    if new is None:  # the module says what is missing
+        return arrays
+    (rows, tokens), seen, fitted = new.shape[:2], 0, dict(arrays)
+    capacity = tokens
+    if (cache := arrays.get("past_key_values")) is not None:
+        if (found := cache.layers[0].key.shape[0]) != rows:
+            raise ValueError(f"past_key_values has {found} rows; expected {rows}, as the new tokens")
+        filled = arrays["cache_position"][:1] if "cache_position" in arrays else cache.length
+        if isinstance(filled, Tracer):
+            return arrays
+        seen = int(np.asarray(filled).max())
+        if seen + tokens > cache.capacity:
+            cache = grow_cache(cache, capacity=bucket(seen + tokens, SMALLEST_CACHE))
+        fitted["past_key_values"], capacity = cache, cache.capacity
     mask = arrays.get("attention_mask")
-    if mask is not None and mask.shape[-1] not in (needed, cache.capacity):
-        raise ValueError(
-            f"attention_mask has shape {mask.shape}; expected {needed} columns: "
-            f"the {needed - new.shape[1]} tokens in past_key_values and the {new.shape[1]} new ones"
-        )
-    return cache if needed <= cache.capacity else grow_cache(cache, capacity=bucket(needed, SMALLEST_CACHE))
+    if mask is not None and not isinstance(mask, Tracer):
+        fitted["attention_mask"] = _fit_mask(mask, rows, seen, tokens, capacity)
+    return fitted
+
+
+def _fit_mask(mask: Any, rows: int, seen: int, tokens: int, capacity: int) -> Any:
+    """The mask; a 2D one as bool and as wide as the cache, so that one which grows with the text compiles nothing anew.
+
+    What is past the tokens is the future, which is hidden in any case.
+    """
+    columns = seen + tokens
+    fits = mask.ndim in (2, 4) and mask.shape[0] in ((rows,) if mask.ndim == 2 else (1, rows))
+    if not fits or mask.shape[-1] not in (columns, capacity):
+        parts = f": {seen} in past_key_values and {tokens} new" if seen else ""
+        raise ValueError(f"attention_mask has shape {mask.shape}; expected {rows} rows of {columns} tokens{parts}")
+    if mask.ndim == 4:
+        return mask
+    mask = np.asarray(mask)
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask has values other than 0 and 1; a mask to be added to the scores is 4D")
+    return np.pad(mask.astype(bool), ((0, 0), (0, capacity - mask.shape[1])), constant_values=True)
