@@ -146,7 +146,9 @@ class Qwen2Model(nn.Module):
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, config.initializer_range, *dtypes)
+        self.embed_tokens = Embed(
+            config.vocab_size, config.hidden_size, config.pad_token_id, config.initializer_range, *dtypes
+        )
         self.layers = [Qwen2DecoderLayer(config, i, *dtypes) for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
 

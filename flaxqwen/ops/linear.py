@@ -71,10 +71,14 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table of token embeddings, weight [V, D], that also serves as a tied output head."""
+    """A table of token embeddings, weight [V, D], that also serves as a tied output head.
+
+    padding_idx: the id whose row a lookup does not train, as in torch.nn.Embedding; None: there is none.
+    """
 
     vocab_size: int
     features: int
+    padding_idx: int | None = None
     stddev: float = 0.02
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -85,7 +89,10 @@ class Embed(nn.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids [...] int -> [..., D]."""
-        return jnp.take(self.weight, ids, axis=0).astype(self.dtype or self.weight.dtype)
+        x = jnp.take(self.weight, ids, axis=0).astype(self.dtype or self.weight.dtype)
+        if self.padding_idx is not None:
+            x = jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
+        return x
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> logits [..., V], against the table itself."""

@@ -208,8 +208,10 @@ def test_logits_to_keep(keep, rng):
 @pytest.mark.parametrize("how", ["labels", "num_items_in_batch", "shift_labels"])
 def test_loss_and_gradients(how, rng):
     """Loss within 1e-6 relative; the gradient of every parameter within 1e-4 of its largest."""
-    theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, tie_word_embeddings=how == "labels")
+    changes = {"tie_word_embeddings": how != "labels", "pad_token_id": None if how == "labels" else 7}
+    theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, **changes)
     ids, mask = random_ids(rng, (3, 16)), padded_mask([16, 9, 12], 16, "right")
+    ids[:, 2] = 7
     labels = np.where(rng.random(ids.shape) < 0.7, ids, -100).astype(np.int32)
     extra = {"labels": {}, "num_items_in_batch": {"num_items_in_batch": 7}, "shift_labels": {"shift_labels": labels}}[
         how
