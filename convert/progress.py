@@ -17,7 +17,8 @@ SECONDS_BETWEEN_LINES = 5.0
 class Progress:
     """Shows how far a work on bytes is, with its rate and the time left: `with Progress("Loading") as report:`.
 
-    report: a function of the bytes done and the bytes in all. A work shorter than a line's interval prints one line.
+    report: a function of the bytes done and the bytes in all. Without a terminal the last line comes at the end, so a
+      work shorter than a line's interval prints one.
     """
 
     def __init__(self, what: str, file: TextIO | None = None) -> None:
@@ -25,6 +26,7 @@ class Progress:
         self.file = file or sys.stderr
         self._started = self._printed = time.monotonic()
         self._report: Report = self._line
+        self._total = 0
         self._stop: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Report:
@@ -37,6 +39,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
+        if kind is None and self._total:
+            self._print(self._total, self._total)
 
     def _start_bar(self) -> None:
         # Imported here: rich takes 50 ms, and most loads are not watched.
@@ -52,15 +56,16 @@ class Progress:
         bar.start()
 
     def _line(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done < total and now - self._printed < SECONDS_BETWEEN_LINES:
-            return
-        self._printed = now
-        rate = done / max(now - self._started, 1e-9)
+        self._total = total
+        if done < total and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._print(done, total)
+
+    def _print(self, done: int, total: int) -> None:
+        self._printed = time.monotonic()
+        rate = done / max(self._printed - self._started, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if 0 < done < total else ""
-        share = 100 * done / total if total else 100
         print(
-            f"{self.what}: {share:.0f}% of {total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s{left}",
+            f"{self.what}: {100 * done / total:.0f}% of {total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s{left}",
             file=self.file,
             flush=True,
         )
