@@ -94,7 +94,7 @@ def test_float32_passes(f32: Report) -> None:
     names = [m.name for m in f32.ours.modules]
     assert names == [
         "model.embed_tokens",
-        *(f"model.layers.{i}{part}" for i in range(3) for part in (".self_attn", ".mlp", "")),
+        *(f"model.layers.{i}{part}" for i in range(2) for part in (".self_attn", ".mlp", "")),
         "model.norm",
         "logits",
     ]
@@ -116,9 +116,9 @@ def test_the_generation_config_of_the_checkpoint_does_not_count(prompts: list[li
 
 FAULTS = {
     "model.embed_tokens.weight": "model.embed_tokens",
-    "model.layers.2.self_attn.o_proj.weight": "model.layers.2.self_attn",
+    "model.layers.1.self_attn.o_proj.weight": "model.layers.1.self_attn",
     "model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp",
-    "model.layers.2.post_attention_layernorm.weight": "model.layers.2.mlp",
+    "model.layers.1.post_attention_layernorm.weight": "model.layers.1.mlp",
     "model.norm.weight": "model.norm",
     "lm_head.weight": "logits",
 }
