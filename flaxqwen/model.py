@@ -22,7 +22,8 @@ from flaxqwen.cache import KVCache, grow_cache
 from flaxqwen.config import PretrainedConfig
 from flaxqwen.convert import save_params
 from flaxqwen.generation.config import GenerationConfig
-from flaxqwen.generation.generate import SMALLEST_CACHE, CausalLM, bucket, check_token_ids, generate
+from flaxqwen.generation.generate import generate
+from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, bucket, check_token_ids
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 
 Params = dict[str, Any]

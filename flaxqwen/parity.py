@@ -22,7 +22,7 @@ from flaxqwen.auto import AutoModelForCausalLM
 from flaxqwen.config import Qwen2Config, config_from_file
 from flaxqwen.convert import open_checkpoint, to_path
 from flaxqwen.generation.config import GenerationConfig
-from flaxqwen.generation.generate import check_input_ids
+from flaxqwen.generation.inputs import check_input_ids
 from flaxqwen.hub import resolve_folder
 from flaxqwen.model import Params
 from flaxqwen.parity_report import PRECISION, Comparison, Dtype, GreedyDifference, ModuleError, Prompt, Report

@@ -25,7 +25,7 @@ from flaxqwen.cli.text import (
 )
 from flaxqwen.config import config_from_file
 from flaxqwen.generation.config import GenerationConfig
-from flaxqwen.generation.generate import check_input_ids
+from flaxqwen.generation.inputs import check_input_ids
 from flaxqwen.hub import resolve_folder
 
 # Transformers' default, 20, cuts nearly every answer in the middle of a sentence.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxqwen.generation import generate as generation
+from flaxqwen.generation import decoding, inputs, loop
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
@@ -255,7 +255,7 @@ def test_tokens_do_not_depend_on_chunks(platform_chunk, rng, tiny_models, monkey
     options = {"max_new_tokens": 14, "eos_token_id": EOS, "pad_token_id": 3, "return_dict_in_generate": True}
     options |= {"do_sample": True, "top_k": 0, "seed": 5}
     want = mine.generate(ids, **options)
-    monkeypatch.setitem(generation.CHUNK, "cpu", platform_chunk)
+    monkeypatch.setitem(decoding.CHUNK, "cpu", platform_chunk)
     got = mine.generate(ids, **options)
     np.testing.assert_array_equal(got.sequences, want.sequences)
     n = int(want.past_key_values.length[0])
@@ -297,14 +297,13 @@ def test_a_hundred_prompt_lengths_compile_at_most_twelve_programs(tiny_models):
 
 def test_the_cache_is_updated_in_place(tiny_models):
     """The decoding program aliases its whole state, and its temporaries hold no second cache."""
-    from flaxqwen.generation import loop
     from flaxqwen.generation.config import resolve
 
     _, mine = tiny_models
     options = resolve(GenerationConfig(), None, {"max_new_tokens": 8}, input_length=6, max_position_embeddings=2048)
-    request = generation.Inputs(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
+    request = inputs.Inputs(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
     keep = {"keep_scores": False, "keep_logits": False}
-    choice, prompt = generation.make_choice(request, options, 1), generation.make_prompt(request, 32, 2048)
+    choice, prompt = decoding.make_choice(request, options, 1, 331), inputs.make_prompt(request, 32, 2048)
     state, _ = loop.prefill(
         mine.module, mine.params, prompt, choice, None, capacity=2048, copies=1, cache_dtype=np.dtype("float32"), **keep
     )

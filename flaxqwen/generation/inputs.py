@@ -1,0 +1,157 @@
+"""Prompts on their way into the programs: checked, padded to few lengths, counted against the cache.
+
+Host code on numpy arrays: no operation of jax outside the programs, each would be a compilation.
+
+Axes: B batch (prompts), P columns of the prompts, T new prompt tokens, S cache capacity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from flaxqwen.cache import KVCache
+from flaxqwen.config import Qwen2Config
+from flaxqwen.generation import loop
+from flaxqwen.generation.config import GenerationConfig, ResolvedConfig
+
+# Prompts are padded to these lengths and caches sized by them, so that few programs exist.
+SMALLEST_PROMPT, SMALLEST_CACHE, LARGEST_STEP = 32, 512, 2048
+
+
+class CausalLM(Protocol):
+    """What generate() needs of a model."""
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def params(self) -> dict[str, Any]: ...
+    @property
+    def config(self) -> Qwen2Config: ...
+    @property
+    def generation_config(self) -> GenerationConfig: ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Checked prompts: input_ids [B, P] int32, attention_mask [B, P] bool, and how many columns the cache holds."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    cached: int = 0
+
+    @property
+    def padded(self) -> bool:
+        """Whether any column is padding."""
+        return not self.attention_mask.all()
+
+    def repeat(self, copies: int) -> Inputs:
+        """Each row `copies` times, next to itself."""
+        ids, mask = (np.repeat(a, copies, axis=0) for a in (self.input_ids, self.attention_mask))
+        return Inputs(ids, mask, self.cached)
+
+
+def bucket(n: int, smallest: int) -> int:
+    """The length that n is padded to: a power of two, from 2,048 on a multiple of 2,048."""
+    if n > LARGEST_STEP:
+        return -(-n // LARGEST_STEP) * LARGEST_STEP
+    return max(smallest, 1 << (n - 1).bit_length())
+
+
+def make_prompt(request: Inputs, tokens: int, capacity: int) -> loop.Prompt:
+    """The columns that the cache does not hold yet, padded on the right to `tokens`; buffers of `capacity` columns."""
+    ids, mask = request.input_ids, request.attention_mask
+    length = ids.shape[1]
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
+    new = slice(request.cached, length)
+
+    def fill(values: np.ndarray, width: int, value: int = 0) -> np.ndarray:
+        padding = ((0, 0), (0, width - values.shape[1]))
+        return np.pad(values, padding, constant_values=value)
+
+    return loop.Prompt(
+        tokens=fill(ids[:, new], tokens),
+        position_ids=fill(positions[:, new].astype(np.int32), tokens),
+        slot_mask=fill(mask, capacity, True) if request.padded else None,
+        input_ids=fill(ids, capacity),
+        cur_len=np.int32(length),
+        last=np.int32(length - request.cached - 1),
+    )
+
+
+def check_input_ids(ids: ArrayLike, config: Qwen2Config) -> np.ndarray:
+    """Prompts as [B, P] int32; ValueError for what the model cannot continue."""
+    array = np.asarray(ids)
+    if array.ndim != 2:
+        raise ValueError(f"input_ids has shape {array.shape}; expected [batch, tokens]")
+    if array.size == 0:
+        raise ValueError(f"the prompt is empty: input_ids has shape {array.shape}; give at least one token")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"input_ids is {array.dtype}; expected integers")
+    check_token_ids(array, config)
+    if array.shape[1] > config.context_length:
+        raise ValueError(
+            f"the prompt has {array.shape[1]} tokens, the model's context is {config.context_length}: shorten it"
+        )
+    return array.astype(np.int32)
+
+
+def check_token_ids(ids: ArrayLike, config: Qwen2Config) -> None:
+    """ValueError for a token id that the embedding has no row for: XLA would clamp it in silence."""
+    array = np.asarray(ids)
+    outside = array[(array < 0) | (array >= config.vocab_size)]
+    if outside.size:
+        raise ValueError(f"token id {outside[0]} is out of the vocabulary: expected 0 to {config.vocab_size - 1}")
+
+
+def check_attention_mask(mask: ArrayLike | None, ids: np.ndarray, options: ResolvedConfig) -> np.ndarray:
+    """The mask as [B, P] bool. None: padding is where the pad token is, if that is no end-of-sequence token too.
+
+    Source: `_prepare_attention_mask_for_generation` in transformers/generation/utils.py.
+    """
+    if mask is None:
+        pad = options.pad_token_id
+        inferred = pad is not None and pad not in options.eos_token_id and (ids == pad).any()
+        return ids != pad if inferred else np.ones(ids.shape, bool)
+    array = np.asarray(mask)
+    if array.shape != ids.shape:
+        raise ValueError(f"attention_mask has shape {array.shape}; expected {ids.shape}, as input_ids")
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError("attention_mask has values other than 0 and 1")
+    return array.astype(bool)
+
+
+def cached_length(cache: KVCache | None, ids: np.ndarray) -> int:
+    """How many leading columns of ids the cache holds."""
+    if cache is None:
+        return 0
+    lengths = np.unique(jax.device_get(cache.length))
+    if len(jax.device_get(cache.length)) != len(ids) or len(lengths) != 1:
+        raise ValueError(
+            f"past_key_values has rows of lengths {jax.device_get(cache.length).tolist()}; "
+            f"expected {len(ids)} rows, all of one length"
+        )
+    if lengths[0] >= ids.shape[1]:
+        raise ValueError(
+            f"past_key_values holds {lengths[0]} tokens and input_ids has {ids.shape[1]}: "
+            "input_ids is the whole sequence, with at least one token more than the cache"
+        )
+    return int(lengths[0])
+
+
+def cache_dtype(model: CausalLM) -> np.dtype:
+    """The compute dtype, but float32 for bfloat16 on a CPU, where XLA updates a bfloat16 array by converting all of it.
+
+    The values are the same; a token of Qwen2.5-0.5B takes 24 KB in place of 12.
+    """
+    dtype = np.dtype(model.module.dtype or jax.tree.leaves(model.params)[0].dtype)
+    return np.dtype(np.float32) if platform(model.params) == "cpu" else dtype
+
+
+def platform(params: Any) -> str:
+    return next(iter(jax.tree.leaves(params)[0].devices())).platform
