@@ -1,6 +1,6 @@
 """Throughput and memory of `convert`, beside `cp` of the same file on the same disk.
 
-    python benchmarks/convert.py [--model 0.5b] [--repeats 5] [--folder DIR]
+    python -m benchmarks.convert [--model 0.5b] [--repeats 5] [--folder DIR]
 
 Makes a checkpoint of a real geometry in bfloat16, filled by repeating one random block, in a temporary folder; copies
 it with cp and converts it in each direction, in turns, each conversion in a fresh process. Before each the output of
@@ -26,15 +26,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from flaxqwen.convert import save_params
-
-# hidden, feed-forward, layers, key/value width, vocabulary; all with a tied head.
-GEOMETRIES = {
-    "tiny": (256, 1024, 2, 128, 8192),
-    "0.5b": (896, 4864, 24, 128, 151936),
-    "1.5b": (1536, 8960, 28, 256, 151936),
-    "3b": (2048, 11008, 36, 256, 151936),
-}
+from benchmarks.geometries import GEOMETRIES, config
+from flaxqwen.auto import AutoModelForCausalLM, param_shapes
+from flaxqwen.convert import save_params, to_name
 
 # Direction -> (whose output is the source, options).
 DIRECTIONS: dict[str, tuple[str, dict[str, str]]] = {
@@ -59,31 +53,13 @@ print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak() - befor
 """
 
 
-def shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Qwen2ForCausalLM with a tied head."""
-    hidden, wide, layers, kv, vocabulary = GEOMETRIES[model]
-    found: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for i in range(layers):
-        layer = f"model.layers.{i}."
-        found |= {layer + f"{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
-        found |= {layer + f"mlp.{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
-        found[layer + "mlp.down_proj.weight"] = (hidden, wide)
-        for name, width in (("q", hidden), ("k", kv), ("v", kv)):
-            found[layer + f"self_attn.{name}_proj.weight"] = (width, hidden)
-            found[layer + f"self_attn.{name}_proj.bias"] = (width,)
-        found[layer + "self_attn.o_proj.weight"] = (hidden, hidden)
-    return found
-
-
 def make_checkpoint(folder: Path, model: str) -> Path:
     """A checkpoint in one file; rows repeat one random block, so that it takes no memory to make."""
     block = (np.random.default_rng(0).standard_normal(1 << 20) * 0.02).astype(ml_dtypes.bfloat16)
-    tensors = {name: np.broadcast_to(block[: shape[-1]], shape) for name, shape in shapes(model).items()}
+    shapes = param_shapes(AutoModelForCausalLM.module_of(config(model)))
+    tensors = {to_name(path): np.broadcast_to(block[: shape[-1]], shape) for path, shape in shapes.items()}
     save_params(tensors, folder, to="pytorch", max_shard_size="1TB")
-    (folder / "config.json").write_text('{"model_type": "qwen2", "torch_dtype": "bfloat16"}')
+    config(model).save_pretrained(folder)
     return folder
 
 

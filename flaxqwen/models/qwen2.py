@@ -26,6 +26,8 @@ from flaxqwen.ops.linear import Embed, Linear
 from flaxqwen.ops.norm import RMSNorm
 from flaxqwen.ops.rotary import rotary_embedding, rotate
 
+Qwen2RMSNorm = RMSNorm
+
 
 class Qwen2MLP(nn.Module):
     """down(act(gate(x)) * up(x)), gated by the activation of the config (SwiGLU, Shazeer 2020)."""
@@ -110,9 +112,9 @@ class Qwen2DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.input_layernorm = RMSNorm(config.rms_norm_eps, self.param_dtype)
+        self.input_layernorm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
         self.self_attn = Qwen2Attention(config, self.layer_index, *dtypes)
-        self.post_attention_layernorm = RMSNorm(config.rms_norm_eps, self.param_dtype)
+        self.post_attention_layernorm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
         self.mlp = Qwen2MLP(config, *dtypes)
 
     def __call__(
@@ -150,7 +152,7 @@ class Qwen2Model(nn.Module):
             config.vocab_size, config.hidden_size, config.pad_token_id, config.initializer_range, *dtypes
         )
         self.layers = [Qwen2DecoderLayer(config, i, *dtypes) for i in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
+        self.norm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
 
     def __call__(
         self,
