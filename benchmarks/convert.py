@@ -40,11 +40,12 @@ DIRECTIONS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 CONVERT = """
-import json, os, resource, shutil, sys, time
+import json, os, shutil, sys, time
 import jax, jax.numpy as jnp
 jnp.zeros(1).block_until_ready()
 from flaxqwen.convert import convert
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+# Not ru_maxrss: it begins with the peak of the process that forked this one.
+peak = lambda: int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
 shutil.rmtree(sys.argv[2], ignore_errors=True)
 os.sync()
 before, start = peak(), time.perf_counter()

@@ -369,15 +369,17 @@ def test_a_dtype_that_no_checkpoint_holds_is_refused(tmp_path: Path):
 # Memory and progress
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from Linux's /proc")
 def test_memory_stays_small_in_every_direction(tmp_path: Path):
     """120 MB go through each direction in 1.2 times the largest tensor, which is 20 MB, and 40 MB more."""
     code = """
-import resource, sys, ml_dtypes, numpy as np, safetensors.numpy
+import sys, ml_dtypes, numpy as np, safetensors.numpy
 from flaxqwen.convert import convert, save_params
 from flaxqwen.convert.tensors import ArrayTensor
 tile = np.broadcast_to(np.ones(1024, ml_dtypes.bfloat16), (10240, 1024))  # 20 MB, of 2 KB of memory
 save_params({f"model.layers.{i}.x_proj.weight": tile for i in range(6)}, "src", to="pytorch")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss: it begins with the peak of the process that forked this one, which is larger than anything here.
+peak = lambda: int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 convert("src", "warm", max_shard_size="30MB")
 print("start", peak())
 for i, options in enumerate(eval(sys.argv[1])):
