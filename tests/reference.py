@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,3 +104,19 @@ def th(x: np.ndarray) -> Any:
     """A torch tensor; integers as int64."""
     x = np.asarray(x)
     return torch.tensor(x.astype(np.int64) if x.dtype == np.int32 else x)
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """The events of XLA compiling a program, in the list."""
+    events: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +11,7 @@ from flaxqwen.generation import decoding, inputs, loop
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
-from tests.reference import close, padded_mask, pair, random_ids, th, torch
+from tests.reference import close, counted_compilations, padded_mask, pair, random_ids, th, torch
 
 EOS = [5, 7, 100, 20, 33, 41, 42, 43, 44, 45, 210, 211, 212, 213, 214]
 
@@ -28,22 +25,6 @@ def models(seed=0, **changes):
 @pytest.fixture(scope="module")
 def tiny_models():
     return models(max_position_embeddings=2048)
-
-
-@contextmanager
-def counted_compilations() -> Iterator[list[str]]:
-    """The events of XLA compiling a program, in the list."""
-    events: list[str] = []
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 OPTIONS = {

@@ -6,7 +6,7 @@ Axes: B batch, S columns of the sequence buffer, V vocabulary, E ids in a list.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def require(condition: bool, name: str, found: Any, expected: str) -> None:
         raise ValueError(f"`{name}` has to be {expected}, but is {found!r}")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """False for what jax puts in place of values when it rebuilds a pytree: only the user's own values are checked."""
     return isinstance(value, (int, float, np.number))
 
@@ -83,12 +83,12 @@ def repeat_rows(prompts: jax.Array, scores: jax.Array) -> jax.Array:
     return jnp.repeat(jnp.asarray(prompts), scores.shape[0] // prompts.shape[0], axis=0)
 
 
-def length_of(input_ids: jax.Array, cur_len: ArrayLike | None) -> Any:
-    """How many columns of input_ids count."""
-    return input_ids.shape[1] if cur_len is None else cur_len
+def length_of(input_ids: jax.Array, cur_len: ArrayLike | None) -> jax.Array:
+    """How many columns of input_ids count, an int32 scalar."""
+    return jnp.asarray(input_ids.shape[1] if cur_len is None else cur_len)
 
 
-def column(input_ids: jax.Array, at: ArrayLike) -> jax.Array:
+def column(input_ids: jax.Array, at: jax.Array) -> jax.Array:
     """[B, 1]: one column of input_ids [B, S]; the nearest where there is none."""
     return jax.lax.dynamic_slice_in_dim(input_ids, at, 1, axis=1)
 

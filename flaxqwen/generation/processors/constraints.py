@@ -63,7 +63,7 @@ class ForcedBOSTokenLogitsProcessor:
     bos_token_id: ArrayLike
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array:
-        return force(scores, self.bos_token_id, jnp.asarray(length_of(input_ids, cur_len)) == 1)
+        return force(scores, self.bos_token_id, length_of(input_ids, cur_len) == 1)
 
 
 @flax.struct.dataclass

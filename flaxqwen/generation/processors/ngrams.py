@@ -15,10 +15,10 @@ from jax.typing import ArrayLike
 from flaxqwen.generation.processors.base import ban, column, length_of, pad_prompt, repeat_rows, require_integer
 
 
-def _follows_newest(ids: jax.Array, input_ids: jax.Array, length: ArrayLike, size: ArrayLike) -> jax.Array:
+def _follows_newest(ids: jax.Array, input_ids: jax.Array, length: jax.Array, size: jax.Array) -> jax.Array:
     """[B, P] bool: which tokens of ids [B, P] follow size - 1 tokens that equal the newest of input_ids [B, S]."""
 
-    def compare(k: int, equal: jax.Array) -> jax.Array:
+    def compare(k: jax.Array, equal: jax.Array) -> jax.Array:
         return equal & (jnp.roll(ids, k, axis=1) == column(input_ids, length - k))
 
     place = jnp.arange(ids.shape[1])[None]
@@ -37,7 +37,7 @@ class NoRepeatNGramLogitsProcessor:
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array:
         length = length_of(input_ids, cur_len)
-        repeats = _follows_newest(input_ids, input_ids, length, self.ngram_size)
+        repeats = _follows_newest(input_ids, input_ids, length, jnp.asarray(self.ngram_size))
         return ban(scores, input_ids, repeats & (jnp.arange(input_ids.shape[1]) < length))
 
 
@@ -57,5 +57,5 @@ class EncoderNoRepeatNGramLogitsProcessor:
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array:
         prompts = repeat_rows(self.encoder_input_ids, scores)
-        length = length_of(input_ids, cur_len)
-        return ban(scores, prompts, _follows_newest(prompts, input_ids, length, self.encoder_ngram_size))
+        size = jnp.asarray(self.encoder_ngram_size)
+        return ban(scores, prompts, _follows_newest(prompts, input_ids, length_of(input_ids, cur_len), size))

@@ -92,9 +92,9 @@ class Sequences:
 
     @classmethod
     def of(cls, biases: Mapping[tuple[int, ...], float]) -> Sequences:
-        """Of a dict {sequence: bias}. N is a multiple of 4, W a power of two."""
-        rows = -(-len(biases) // 4) * 4
-        width = 1 << (max(map(len, biases)) - 1).bit_length()
+        """Of a dict {sequence: bias}. N and W are powers of two."""
+        rows = 1 << max(len(biases) - 1, 3).bit_length()
+        width = 1 << (max(map(len, biases), default=1) - 1).bit_length()
         prefixes = np.full((rows, width), NO_ID, np.int32)
         last, bias = np.full(rows, NO_ID, np.int32), np.zeros(rows, np.float32)
         for row, (sequence, value) in enumerate(biases.items()):
@@ -102,7 +102,7 @@ class Sequences:
             last[row], bias[row] = sequence[-1], value
         return cls(prefixes, last, bias)
 
-    def add_bias(self, input_ids: jax.Array, scores: jax.Array, length: ArrayLike) -> jax.Array:
+    def add_bias(self, input_ids: jax.Array, scores: jax.Array, length: jax.Array) -> jax.Array:
         """scores [B, V] + the biases of the sequences that the next token would complete."""
         self.require_in_vocabulary(scores.shape[-1])
         prefixes, last = jnp.asarray(self.prefixes), jnp.asarray(self.last)
@@ -140,7 +140,7 @@ class SequenceBiasLogitsProcessor:
 
 @flax.struct.dataclass
 class NoBadWordsLogitsProcessor:
-    """-inf for the token that would complete one of the listed sequences; [eos_token_id] itself is not banned.
+    """-inf for the token that would complete one of the listed sequences, of which [eos_token_id] is none.
 
     bad_words_ids: [[token, ...], ...]. eos_token_id: an id, several or None.
     """
@@ -154,11 +154,11 @@ class NoBadWordsLogitsProcessor:
         some = isinstance(self.bad_words_ids, (list, tuple)) and bool(self.bad_words_ids)
         require(some, "bad_words_ids", self.bad_words_ids, "a non-empty list of lists")
         for sequence in self.bad_words_ids:
-            require(_is_sequence(sequence), "bad_words_ids", sequence, "a list of non-empty lists of token ids")
+            require(_is_sequence(sequence), "bad_words_ids", sequence, "a list of lists of token ids")
         ends = [] if self.eos_token_id is None else np.atleast_1d(np.asarray(self.eos_token_id)).tolist()
-        kept = [tuple(sequence) for sequence in self.bad_words_ids if list(sequence) not in [[end] for end in ends]]
-        require(bool(kept), "bad_words_ids", self.bad_words_ids, "of more than the end-of-sequence token")
-        object.__setattr__(self, "bad_words_ids", Sequences.of(dict.fromkeys(kept, -math.inf)))
+        excepted = [(), *((end,) for end in ends)]
+        banned = [tuple(sequence) for sequence in self.bad_words_ids if tuple(sequence) not in excepted]
+        object.__setattr__(self, "bad_words_ids", Sequences.of(dict.fromkeys(banned, -math.inf)))
         object.__setattr__(self, "eos_token_id", None)  # it has served
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array:
@@ -166,10 +166,8 @@ class NoBadWordsLogitsProcessor:
 
 
 def _is_sequence(ids: Any) -> bool:
-    """Whether this is a list of token ids, at least one."""
-    return (
-        isinstance(ids, (list, tuple)) and bool(ids) and all(isinstance(i, (int, np.integer)) and i >= 0 for i in ids)
-    )
+    """Whether this is a list of token ids."""
+    return isinstance(ids, (list, tuple)) and all(isinstance(token, (int, np.integer)) and token >= 0 for token in ids)
 
 
 def _checked_biases(biases: Any) -> dict[tuple[int, ...], float]:
@@ -179,7 +177,7 @@ def _checked_biases(biases: Any) -> dict[tuple[int, ...], float]:
     )
     pairs = list(biases.items()) if isinstance(biases, dict) else biases
     for pair in pairs:
-        valid = isinstance(pair, (list, tuple)) and len(pair) == 2 and _is_sequence(pair[0])
+        valid = isinstance(pair, (list, tuple)) and len(pair) == 2 and _is_sequence(pair[0]) and bool(pair[0])
         require(valid and isinstance(pair[1], float), "sequence_bias", pair, "of token ids, and a float as their bias")
     return {tuple(sequence): bias for sequence, bias in pairs}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from flaxqwen.generation.processors.base import column, is_list, is_number, length_of, require, require_integer
+from flaxqwen.generation.processors.base import column, is_list, length_of, require, require_integer
 from flaxqwen.generation.processors.torch_random import host_draws
 
 MULTIPLIER = 6364136223846793005  # of the hash, a linear congruential generator of 64 bits
@@ -22,7 +22,7 @@ LARGEST_TABLE = 2**24
 
 @flax.struct.dataclass
 class SynthIDTextWatermarkLogitsProcessor:
-    """Reweigh tokens, in a tournament for each key, by bits hashed from them and the tokens before (Dathathri et al. 2024).
+    """Reweigh tokens, in a tournament for each key, by bits hashed from them and the tokens before (Dathathri 2024).
 
     Transformers' object counts its calls and remembers the contexts; here both follow from input_ids and prompt_length,
     so that rows may be reordered, as a beam search does.
@@ -37,7 +37,7 @@ class SynthIDTextWatermarkLogitsProcessor:
 
     ngram_len: ArrayLike
     keys: Any
-    sampling_table_size: int | None
+    sampling_table_size: Any
     sampling_table_seed: Any
     context_history_size: ArrayLike
     device: Any = flax.struct.field(pytree_node=False, default=None)
@@ -51,7 +51,7 @@ class SynthIDTextWatermarkLogitsProcessor:
         require_integer("context_history_size", self.context_history_size, 1)
         object.__setattr__(self, "device", None)
         size = self.sampling_table_size
-        if not is_number(size) or self.bits is not None:
+        if size is None or self.bits is not None:
             return
         power = isinstance(size, int) and 0 < size <= LARGEST_TABLE and size.bit_count() == 1
         require(power, "sampling_table_size", size, "a power of two, up to 2**24")
@@ -70,35 +70,37 @@ class SynthIDTextWatermarkLogitsProcessor:
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array:
         length = length_of(input_ids, cur_len)
-        start = length if self.prompt_length is None else self.prompt_length
+        start = length if self.prompt_length is None else jnp.asarray(self.prompt_length)
         if self.debug_mode:
             scores = jnp.ones_like(scores)
         plain = self._is_repeated(input_ids, length, start)
         if self.skip_first_ngram_calls:
-            plain |= length - start < self.ngram_len - 1
+            plain |= length - start < jnp.asarray(self.ngram_len) - 1
         return jnp.where(plain, scores, self._reweigh(scores, self._hash_context(input_ids, length, start)))
 
-    def _hash_context(self, input_ids: jax.Array, length: ArrayLike, start: ArrayLike) -> jax.Array:
+    def _hash_context(self, input_ids: jax.Array, length: jax.Array, start: jax.Array) -> jax.Array:
         """[B] uint32: the hash of the ngram_len - 1 newest tokens, 0 in place of the prompt's; 32 of its 64 bits."""
 
         def add(k: jax.Array, value: jax.Array) -> jax.Array:
-            at = length - self.ngram_len + k
+            at = length - size + k
             token = jnp.where(at >= start, column(input_ids, at)[:, 0], 0).astype(jnp.uint32)
             return (value + token) * np.uint32(MULTIPLIER % 2**32) + np.uint32(1)
 
-        return jax.lax.fori_loop(1, self.ngram_len, add, jnp.ones(input_ids.shape[0], jnp.uint32))
+        size = jnp.asarray(self.ngram_len)
+        return jax.lax.fori_loop(1, size, add, jnp.ones(input_ids.shape[0], jnp.uint32))
 
-    def _is_repeated(self, input_ids: jax.Array, length: ArrayLike, start: ArrayLike) -> jax.Array:
+    def _is_repeated(self, input_ids: jax.Array, length: jax.Array, start: jax.Array) -> jax.Array:
         """[B, 1] bool: whether the newest context was that of an earlier token of the text, not too long ago."""
         place = jnp.arange(input_ids.shape[1])[None]
 
-        def compare(k: int, equal: jax.Array) -> jax.Array:
+        def compare(k: jax.Array, equal: jax.Array) -> jax.Array:
             then = jnp.where(place - k >= start, jnp.roll(input_ids, k, axis=1), 0)
             return equal & (then == jnp.where(length - k >= start, column(input_ids, length - k), 0))
 
-        first = start + (self.ngram_len - 1 if self.skip_first_ngram_calls else 0)
+        size = jnp.asarray(self.ngram_len)
+        first = start + (size - 1 if self.skip_first_ngram_calls else 0)
         marked = (place >= first) & (place < length) & (place >= length - self.context_history_size)
-        equal = jax.lax.fori_loop(1, self.ngram_len, compare, jnp.broadcast_to(marked, input_ids.shape))
+        equal = jax.lax.fori_loop(1, size, compare, jnp.broadcast_to(marked, input_ids.shape))
         return jnp.any(equal, axis=-1, keepdims=True)
 
     def _reweigh(self, scores: jax.Array, context: jax.Array) -> jax.Array:

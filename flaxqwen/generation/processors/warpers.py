@@ -13,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from flaxqwen.generation.processors.base import is_number, kth_highest, require, require_integer, smallest_float
@@ -28,7 +29,7 @@ def _bound_min_tokens(warper: Any) -> None:
     least = warper.min_tokens_to_keep
     require_integer("min_tokens_to_keep", least, 1)
     if warper.limit is None:
-        object.__setattr__(warper, "limit", 1 + -(-(int(least) - 1) // 4) * 4)
+        object.__setattr__(warper, "limit", 1 + -(-(int(np.asarray(least)) - 1) // 4) * 4)
 
 
 def _drop(warper: Any, scores: jax.Array, dropped: jax.Array, preference: jax.Array | None = None) -> jax.Array:
@@ -64,7 +65,7 @@ class TopKLogitsWarper:
     def __post_init__(self) -> None:
         require_integer("top_k", self.top_k, 1)
         if self.limit is None:
-            largest = max(int(self.top_k), int(self.min_tokens_to_keep), MIN_TOP_K_LIMIT)
+            largest = max(int(np.asarray(self.top_k)), int(np.asarray(self.min_tokens_to_keep)), MIN_TOP_K_LIMIT)
             object.__setattr__(self, "limit", 1 << (largest - 1).bit_length())
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array:

@@ -53,13 +53,11 @@ class WatermarkLogitsProcessor:
         require_integer("context_width", self.context_width, 1)
         object.__setattr__(self, "device", None)
         if self.steps == 0:
-            require(
-                0 < self.greenlist_ratio < 1, "greenlist_ratio", self.greenlist_ratio, "between 0 and 1, exclusively"
-            )
-            eighth = -(-self.vocab_size // 8)
-            object.__setattr__(self, "greenlist_size", int(self.vocab_size * self.greenlist_ratio))
-            steps = -(-max(self.greenlist_size, 1) // eighth) * eighth
-            object.__setattr__(self, "steps", min(steps, self.vocab_size))
+            ratio = float(np.asarray(self.greenlist_ratio))
+            require(0 < ratio < 1, "greenlist_ratio", ratio, "between 0 and 1, exclusively")
+            size, eighth = int(self.vocab_size * ratio), -(-self.vocab_size // 8)
+            object.__setattr__(self, "greenlist_size", size)
+            object.__setattr__(self, "steps", min(-(-max(size, 1) // eighth) * eighth, self.vocab_size))
         if is_number(self.hashing_key):
             self._set_key(int(self.hashing_key))
 
@@ -77,13 +75,12 @@ class WatermarkLogitsProcessor:
         draw = self._add_selfhash if self.seeding_scheme == "selfhash" else self._add_lefthash
         return jnp.where(length >= self.context_width, draw(input_ids, scores, length), scores)
 
-    def _add_lefthash(self, input_ids: jax.Array, scores: jax.Array, length: ArrayLike) -> jax.Array:
+    def _add_lefthash(self, input_ids: jax.Array, scores: jax.Array, length: jax.Array) -> jax.Array:
         seeds = self._left_seed(column(input_ids, length - 1)[:, 0].astype(jnp.uint32))
 
         def green(seed: jax.Array) -> jax.Array:
             return permutation_starts_with(seed, self.vocab_size, self.greenlist_size, self.steps)
 
-        # Rows one by one: side by side their scatters would be one of B x V, which is slower.
         bias = jnp.where(jax.vmap(green)(seeds), self.bias, 0.0)
         return scores.at[:, : self.vocab_size].add(bias)
 
@@ -97,7 +94,7 @@ class WatermarkLogitsProcessor:
         full = (middle == np.uint32(2**32 - 1)) & (lowest >= ~above)
         return lowest + above + full
 
-    def _add_selfhash(self, input_ids: jax.Array, scores: jax.Array, length: ArrayLike) -> jax.Array:
+    def _add_selfhash(self, input_ids: jax.Array, scores: jax.Array, length: jax.Array) -> jax.Array:
         candidates = jax.lax.top_k(scores, min(CANDIDATES, scores.shape[-1]))[1]  # [B, C]
         seeds = self._self_seed(input_ids, candidates, length)
 
@@ -108,19 +105,19 @@ class WatermarkLogitsProcessor:
         rows = jnp.arange(scores.shape[0])[:, None]
         return scores.at[rows, candidates].add(jnp.where(chosen, self.bias, 0.0))
 
-    def _self_seed(self, input_ids: jax.Array, candidates: jax.Array, length: ArrayLike) -> jax.Array:
+    def _self_seed(self, input_ids: jax.Array, candidates: jax.Array, length: jax.Array) -> jax.Array:
         """[B, C] uint32: the low half of the least of key * hash(token) * hash(candidate), signed, mod 2**64 - 1.
 
         The tokens are the candidate itself and the context_width - 1 newest.
         """
         hashes = self._hash(candidates)
 
-        def least(k: int, smallest: Wide) -> Wide:
+        def least(k: jax.Array, smallest: Wide) -> Wide:
             wide = self._self_product(self._hash(column(input_ids, length - k)), hashes)
             smaller = (wide[0] < smallest[0]) | ((wide[0] == smallest[0]) & (wide[1] < smallest[1]))
             return jnp.where(smaller, wide[0], smallest[0]), jnp.where(smaller, wide[1], smallest[1])
 
-        high, low = jax.lax.fori_loop(1, self.context_width, least, self._self_product(hashes, hashes))
+        high, low = jax.lax.fori_loop(1, jnp.asarray(self.context_width), least, self._self_product(hashes, hashes))
         return low - (high < np.uint32(2**31))  # the sign bit is flipped: this is a negative number
 
     def _hash(self, tokens: jax.Array) -> jax.Array:

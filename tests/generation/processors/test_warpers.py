@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from flaxqwen import generation as ours
-from tests.generation.processors.oracle import V, Case, cases, check, examples, run, theirs
+from tests.generation.processors.oracle import Case, V, cases, check, examples, run, theirs
 
 # name -> its value, drawn at random; all but temperature and top-h take min_tokens_to_keep.
 VALUES: dict[str, Any] = {
@@ -111,7 +111,7 @@ def test_min_tokens_to_keep_is_traced(name: str, rng: np.random.Generator) -> No
     ],
 )
 def test_refusals_are_theirs(name: str, args: tuple[Any, ...]) -> None:
-    with pytest.raises(ValueError, match="has to be|must be"):
+    with pytest.raises(ValueError, match=r"has to be|must be"):
         theirs(name, *args)
     with pytest.raises(ValueError, match="has to be"):
         getattr(ours, name)(*args)
