@@ -22,7 +22,7 @@ LARGEST_TABLE = 2**24
 
 @flax.struct.dataclass
 class SynthIDTextWatermarkLogitsProcessor:
-    """Reweigh tokens, in a tournament for each key, by bits hashed from them and the tokens before (Dathathri 2024).
+    """Reweigh tokens, in a tournament for each key, by bits hashed from them in context (Dathathri et al. 2024).
 
     Transformers' object counts its calls and remembers the contexts; here both follow from input_ids and prompt_length,
     so that rows may be reordered, as a beam search does.
