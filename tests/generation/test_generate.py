@@ -9,6 +9,7 @@ import pytest
 
 from flaxqwen.generation import decoding, inputs, loop
 from flaxqwen.generation.config import GenerationConfig
+from flaxqwen.generation.sampling import first_largest
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 from tests.reference import close, counted_compilations, padded_mask, pair, random_ids, th, torch
@@ -202,6 +203,15 @@ def test_num_return_sequences_are_rows_of_their_prompts(rng, tiny_models):
     assert got.shape == (6, 9)
     np.testing.assert_array_equal(got[:, :5], np.repeat(ids, 3, axis=0))
     assert len({tuple(row[5:]) for row in got}) > 2
+
+
+def test_first_largest_is_argmax(rng):
+    """Ties give the first, as torch's and numpy's; a row of -inf its first id."""
+    scores = np.round(rng.standard_normal((6, 300)) * 2).astype(np.float32)
+    scores[0] = -np.inf
+    scores[1, rng.random(300) < 0.5] = -np.inf
+    np.testing.assert_array_equal(first_largest(jnp.asarray(scores)), scores.argmax(-1))
+    assert first_largest(jnp.full((1, 5), jnp.nan)) == 4
 
 
 class Recorder:
