@@ -21,12 +21,11 @@ FILE_NAME = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # where nobody set a length
 
 # Options that are not built yet, and the values which leave them without effect; any other value is refused by name.
-# To support an option, delete its row. Options that act only with beams or with a draft model (length_penalty,
-# num_assistant_tokens, ...) need no row while those are refused.
+# To support an option, delete its row. Options that act only with a draft model (num_assistant_tokens, ...)
+# need no row while that is refused.
 NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
     "max_time": (None,),
     "stop_strings": (None,),
-    "num_beams": (1,),
     "cache_implementation": (None, "dynamic", "static", "sliding_window", "hybrid", "hybrid_chunked"),
     "cache_config": (None,),
     "max_cache_len": (None,),
@@ -65,6 +64,7 @@ Range = tuple[Callable[[Any], bool], str]
 VALID: dict[str, Range] = {
     "early_stopping": (lambda x: x in (True, False, "never"), "True, False or 'never'"),
     "max_new_tokens": (lambda x: x > 0, "greater than 0"),
+    "num_beams": (lambda x: x > 0, "greater than 0"),
     "num_return_sequences": (lambda x: x > 0, "greater than 0"),
     "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
     "assistant_ensemble_weight": (lambda x: 0 < x < 1, "between 0 and 1"),

@@ -6,8 +6,9 @@ Axes: B batch (prompts), n new tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,8 @@ def run(
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
     choice = make_choice(request, options, copies, model.config.vocab_size)
     keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
-    state, output = start(model, request, choice, cache, copies, options.max_new_tokens + steps, keep)
+    room = options.max_new_tokens + steps
+    state, output = start(loop.prefill, model, request, choice, cache, room, copies=copies, **keep)
     length, capacity = request.input_ids.shape[1], state.cache.capacity
     queue = deque([output])
     dispatched, done = 1, 0
@@ -72,15 +74,20 @@ def run(
 
 
 def start(
+    prefill: Callable[..., Any],
     model: CausalLM,
     request: Inputs,
-    choice: TokenChoice,
+    choice: Any,
     cache: KVCache | None,
-    copies: int,
     room: int,
-    keep: dict[str, bool],
-) -> tuple[loop.DecodeState, loop.StepOutput]:
-    """Prefill what the cache does not hold yet, in a cache with room for `room` tokens more."""
+    **static: Any,
+) -> Any:
+    """What `prefill`, a program, gives for the columns that the cache does not hold yet.
+
+    Args:
+      prefill: loop.prefill, or that of another way of decoding; `choice` and `static` are what it takes.
+      cache: is made to have room for `room` tokens more.
+    """
     tokens = bucket(request.input_ids.shape[1] - request.cached, SMALLEST_PROMPT)
     # The padding of a bucket is written too.
     capacity = bucket(request.cached + tokens + room, SMALLEST_CACHE)
@@ -88,7 +95,7 @@ def start(
         capacity = max(capacity, cache.capacity)
         cache = cache if cache.capacity == capacity else grow_cache(cache, capacity=capacity)
         cache = cache.replace(bound=min(bucket(request.cached + tokens, SMALLEST_CACHE), capacity))
-    return loop.prefill(
+    return prefill(
         model.module,
         model.params,
         make_prompt(request, tokens, capacity),
@@ -96,8 +103,7 @@ def start(
         cache,
         capacity=capacity,
         cache_dtype=cache_dtype(model),
-        copies=copies,
-        **keep,
+        **static,
     )
 
 

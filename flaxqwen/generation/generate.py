@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from flaxqwen.cache import KVCache
 from flaxqwen.generation import loop
+from flaxqwen.generation.beam import GenerateBeamDecoderOnlyOutput, search
 from flaxqwen.generation.config import GenerationConfig, resolve
 from flaxqwen.generation.decoding import run
 from flaxqwen.generation.inputs import CausalLM, Inputs, cached_length, check_attention_mask, check_input_ids
@@ -56,7 +57,7 @@ def generate(
     past_key_values: KVCache | None = None,
     streamer: Streamer | None = None,
     **options: Any,
-) -> np.ndarray | GenerateDecoderOnlyOutput:
+) -> np.ndarray | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
     """Continue prompts, as `GenerationMixin.generate` in transformers/generation/utils.py.
 
     Args:
@@ -65,7 +66,7 @@ def generate(
       attention_mask: [B, P] of 0 and 1; default: as Transformers infers it from the pad token, where it can.
       past_key_values: the cache of an earlier generate() or forward over a beginning of input_ids; only the rest is
         run. It is donated: use the one in the result from then on.
-      streamer: gets the prompts, then the tokens of each step.
+      streamer: gets the prompts, then the tokens of each step; not with beams.
       options: any field of GenerationConfig, over generation_config. `seed` seeds the draws (default: drawn from
         numpy's global generator, which transformers.set_seed seeds). The draws are not torch's; the distribution is.
 
@@ -90,6 +91,8 @@ def generate(
         max_position_embeddings=model.config.max_position_embeddings,
         arguments=("inputs", "input_ids", "attention_mask", "past_key_values", "generation_config"),
     )
+    if streamer is not None and resolved.num_beams > 1:
+        raise ValueError("streamer cannot be used with num_beams > 1: which tokens stand is known at the end only")
     mask = check_attention_mask(attention_mask, ids, resolved)
     request = Inputs(ids, mask, cached_length(past_key_values, ids))
     total = resolved.max_length
@@ -99,6 +102,9 @@ def generate(
             "that the model was trained for",
             stacklevel=2,
         )
+    if resolved.num_beams > 1:
+        beams = search(model, request, resolved, past_key_values)
+        return beams if resolved.return_dict_in_generate else beams.sequences
     copies = resolved.num_return_sequences
     prompts = np.repeat(ids, copies, axis=0)
     if streamer is not None:

@@ -96,13 +96,29 @@ def prefill(
       copies: continuations per prompt; the prompt runs once and its cache is repeated.
       keep_scores, keep_logits: whether StepOutput has them.
     """
+    state, logits = run_prompt(module, params, prompt, cache, capacity=capacity, cache_dtype=cache_dtype, copies=copies)
+    state, output = _extend(state, choice, logits, keep_scores, keep_logits)
+    return state, jax.tree.map(lambda a: a[None], output)
+
+
+def run_prompt(
+    module: nn.Module,
+    params: Params,
+    prompt: Prompt,
+    cache: KVCache | None,
+    *,
+    capacity: int,
+    cache_dtype: DTypeLike,
+    copies: int,
+) -> tuple[DecodeState, jax.Array]:
+    """What prefill does before any token is chosen: the state, and the logits [B x copies, V] of the next token."""
     tokens = jnp.asarray(prompt.tokens)
     if cache is None:
         cache = init_cache(module.config, tokens.shape[0], capacity, cache_dtype).replace(bound=tokens.shape[1])
     # Rows are aligned, and stay so: one length for all keeps the writes plain slices.
     cache = cache.replace(length=jnp.max(cache.length))
     start = cache.length
-    logits, cache = _run(
+    logits, cache = run_model(
         module,
         params,
         tokens,
@@ -119,8 +135,7 @@ def prefill(
     cache = cache.replace(layers=layers)
     finished = jnp.zeros(logits.shape[0], bool)
     state = DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished)
-    state, output = _extend(state, choice, logits, keep_scores, keep_logits)
-    return state, jax.tree.map(lambda a: a[None], output)
+    return state, logits
 
 
 @partial(jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits"), donate_argnames="state")
@@ -141,7 +156,7 @@ def decode(
         # (1,980 MB of temporaries at 0.5B).
         weights, state = jax.lax.optimization_barrier((params, state))
         newest = jax.lax.dynamic_slice_in_dim(state.input_ids, state.cur_len - 1, 1, axis=1)
-        logits, cache = _run(
+        logits, cache = run_model(
             module,
             weights,
             newest,
@@ -154,7 +169,7 @@ def decode(
     return jax.lax.scan(step, state, None, length=steps)
 
 
-def _run(module: nn.Module, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, KVCache]:
+def run_model(module: nn.Module, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, KVCache]:
     """The model on new tokens [B, T], into the cache: logits [B, V] of the one position kept, and the cache."""
     output = module.apply({"params": params}, tokens, use_cache=True, return_dict=True, **inputs)
     assert isinstance(output, CausalLMOutputWithPast)

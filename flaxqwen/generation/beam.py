@@ -1,0 +1,415 @@
+"""Beam search and beam sampling: compiled steps over the beams of all prompts, and the host's loop around them.
+
+The algorithm is that of `_beam_search` in transformers/generation/utils.py, with its arithmetic in its order, so that
+the same hypotheses win. A prompt keeps M running hypotheses and the M best finished ones; a step scores every
+continuation of the running ones and keeps the best C, of which M go on and those which end compete with the finished.
+
+Axes: B prompts, M beams of a prompt, C candidates of a prompt (or any number of hypotheses), W columns of the sequence
+buffer, V vocabulary, P columns of the prompts, n new tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from flaxqwen.cache import KVCache, repeat_cache
+from flaxqwen.generation.config import ResolvedConfig
+from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, make_choice, start
+from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform
+from flaxqwen.generation.loop import Params, Prompt, run_model, run_prompt
+from flaxqwen.generation.sampling import TokenChoice, process
+from flaxqwen.models.outputs import ModelOutput
+
+# Added to the score of a hypothesis that must not win, as in Transformers: it still wins over -inf.
+EXCLUDED = -1.0e9
+
+BLOCK = 128  # cache slots that a reorder moves at a time
+
+
+class GenerateBeamDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):
+    """Transformers' output of return_dict_in_generate with beams. R = num_return_sequences, the best first.
+
+    sequences: [B R, P + n] int32, prompts included. sequences_scores: [B R] float32, if scores are asked for: the sum
+    of the log-probabilities over n ** length_penalty. scores, logits: a [B M, V] float32 for each step, processed
+    log-probabilities and raw logits, if asked for. beam_indices: [B R, n] int32, the row of `scores` that each token
+    was chosen from, -1 after the end. past_key_values: the cache of the beams still running, all tokens but the last.
+    """
+
+    sequences: np.ndarray
+    sequences_scores: np.ndarray | None = None
+    scores: tuple[np.ndarray, ...] | None = None
+    logits: tuple[np.ndarray, ...] | None = None
+    beam_indices: np.ndarray | None = None
+    past_key_values: KVCache | None = None
+
+
+class BeamChoice(flax.struct.PyTreeNode):
+    """How beams are chosen. Values are traced; the two numbers of hypotheses are static.
+
+    token: the processors, the end-of-sequence ids, the seed, and whether to draw.
+    prompt_length, max_length: int32, columns; a hypothesis of max_length has ended.
+    kept: int32, how many of the candidates count: max(2, 1 + number of end-of-sequence ids) * M, so that M of them go
+        on whatever ends.
+    length_penalty: float32, the power of the length that scores are divided by.
+    stop_when_full, never: bool, early_stopping=True and early_stopping="never".
+    beams, candidates: M and C; C is `kept` rounded up, so that few programs exist.
+    """
+
+    token: TokenChoice
+    prompt_length: ArrayLike
+    max_length: ArrayLike
+    kept: ArrayLike
+    length_penalty: ArrayLike
+    stop_when_full: ArrayLike
+    never: ArrayLike
+    beams: int = flax.struct.field(pytree_node=False)
+    candidates: int = flax.struct.field(pytree_node=False)
+
+
+class Beams(flax.struct.PyTreeNode):
+    """Hypotheses, the same number for each prompt.
+
+    sequences: [B, C, W] int32, the prompt and the new tokens.
+    sources: [B, C, W] int32, at each new token's column: the row of B * M that it continued; -1 elsewhere.
+    scores: [B, C] float32, sum of log-probabilities; of finished hypotheses, divided by the length's power.
+    ended: [B, C] bool.
+    """
+
+    sequences: jax.Array
+    sources: jax.Array
+    scores: jax.Array
+    ended: jax.Array
+
+
+class BeamState(flax.struct.PyTreeNode):
+    """The scan's carry.
+
+    cache: keys and values of every token of the running beams but the newest, [B * M] rows; its length is a scalar.
+    slot_mask: [B * M, S] bool, False at padding; None when there is none.
+    position: [B * M] int32, position id of the newest token.
+    running: M beams a prompt that go on, the best first.
+    finished: the M best that have ended, the best first; until there are M, stand-ins with a score of EXCLUDED.
+    cur_len: int32 scalar, columns of the running sequences that are filled.
+    improvable: [B] bool, whether a running beam may still become better than a finished one.
+    done: bool scalar, the search is over: further steps change nothing.
+    """
+
+    cache: KVCache
+    slot_mask: jax.Array | None
+    position: jax.Array
+    running: Beams
+    finished: Beams
+    cur_len: jax.Array
+    improvable: jax.Array
+    done: jax.Array
+
+
+class BeamOutput(flax.struct.PyTreeNode):
+    """What steps give the host: whether the search was over before the step, and after it, [steps] bool; and, if asked
+    for, processed log-probabilities and raw logits [steps, B * M, V]."""
+
+    idle: jax.Array
+    done: jax.Array
+    scores: jax.Array | None = None
+    logits: jax.Array | None = None
+
+
+@partial(
+    jax.jit,
+    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_scores", "keep_logits"),
+    donate_argnames="cache",
+)
+def prefill(
+    module: nn.Module,
+    params: Params,
+    prompt: Prompt,
+    choice: BeamChoice,
+    cache: KVCache | None,
+    *,
+    capacity: int,
+    cache_dtype: DTypeLike,
+    copies: int,
+    keep_scores: bool,
+    keep_logits: bool,
+) -> tuple[BeamState, BeamOutput]:
+    """Run the prompts and choose the beams' first tokens; the arguments are those of loop.prefill.
+
+    copies: M, or 1 where the prompts' rows have been repeated already.
+    """
+    rows, logits = run_prompt(module, params, prompt, cache, capacity=capacity, cache_dtype=cache_dtype, copies=copies)
+    M = choice.beams
+    sequences = rows.input_ids.reshape(-1, M, rows.input_ids.shape[1])
+    B = len(sequences)
+    # All beams of a prompt are equal: only the first may be continued.
+    scores = jnp.full((B, M), EXCLUDED, jnp.float32)
+    hypotheses = Beams(sequences, jnp.full_like(sequences, -1), scores, jnp.zeros((B, M), bool))
+    state = BeamState(
+        cache=rows.cache,
+        slot_mask=rows.slot_mask,
+        position=rows.position,
+        running=hypotheses.replace(scores=scores.at[:, 0].set(0.0)),
+        finished=hypotheses,
+        cur_len=rows.cur_len,
+        improvable=jnp.ones(B, bool),
+        done=jnp.zeros((), bool),
+    )
+    state, output = _advance(state, choice, logits, keep_scores, keep_logits)
+    return state, jax.tree.map(lambda a: a[None], output)
+
+
+@partial(jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits"), donate_argnames="state")
+def decode(
+    module: nn.Module,
+    params: Params,
+    state: BeamState,
+    choice: BeamChoice,
+    *,
+    steps: int,
+    keep_scores: bool,
+    keep_logits: bool,
+) -> tuple[BeamState, BeamOutput]:
+    """`steps` steps of the search under one scan. state.cache.bound covers the last of them."""
+
+    def step(state: BeamState, _: None) -> tuple[BeamState, BeamOutput]:
+        # Ties the weights to the carry, as in loop.decode.
+        weights, state = jax.lax.optimization_barrier((params, state))
+        newest = jax.lax.dynamic_slice_in_dim(state.running.sequences, state.cur_len - 1, 1, axis=2)
+        logits, cache = run_model(
+            module,
+            weights,
+            newest.reshape(-1, 1),
+            attention_mask=state.slot_mask,
+            position_ids=state.position[:, None],
+            past_key_values=state.cache,
+        )
+        return _advance(state.replace(cache=cache), choice, logits, keep_scores, keep_logits)
+
+    return jax.lax.scan(step, state, None, length=steps)
+
+
+def _advance(
+    state: BeamState, choice: BeamChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool
+) -> tuple[BeamState, BeamOutput]:
+    """One step of the search, from the logits [B * M, V] of the running beams' next tokens; none, once it is done."""
+    logits = logits.astype(jnp.float32)
+    B, M, W = state.running.sequences.shape
+    sequences = state.running.sequences.reshape(B * M, W)
+    scores = process(choice.token, sequences, jax.nn.log_softmax(logits), state.cur_len)
+    found, counts = _continue(state, choice, scores)
+    running = _best(found.replace(scores=found.scores + jnp.where(found.ended, EXCLUDED, 0.0)), M)
+    finished = _finish(state, choice, found)
+    cur_len = state.cur_len + 1
+    improvable = state.improvable & _may_improve(choice, running, finished, cur_len)
+    full = jnp.all(finished.ended) & choice.stop_when_full
+    done = ~jnp.any(improvable) | full | jnp.all(found.ended | ~counts)
+    after = state.replace(
+        position=state.position + 1,
+        running=running,
+        finished=finished,
+        cur_len=cur_len,
+        improvable=improvable,
+        done=done,
+    )
+    # Once done, a step writes to the cache out of sight, and the rest stays as it is.
+    kept = jax.tree.map(partial(jnp.where, state.done), state.replace(cache=None), after.replace(cache=None))
+    parents = jnp.where(state.done, jnp.arange(B * M), _column(running.sources, state.cur_len).reshape(B * M))
+    cache = _reorder(state.cache.replace(length=kept.cur_len - 1), parents, choice.prompt_length)
+    output = BeamOutput(state.done, kept.done, scores if keep_scores else None, logits if keep_logits else None)
+    return kept.replace(cache=cache), output
+
+
+def _continue(state: BeamState, choice: BeamChoice, scores: jax.Array) -> tuple[Beams, jax.Array]:
+    """The best C continuations of each prompt's running beams, or C drawn without replacement; and [C] bool, which of
+    them count.
+
+    scores: [B * M, V] float32, of each beam's next token.
+    """
+    B, M, _ = state.running.sequences.shape
+    V = scores.shape[-1]
+    total = scores.reshape(B, M, V) + state.running.scores[..., None]
+    # The highest of scores with Gumbel noise are draws without replacement, in their order (Kool et al. 2019).
+    ranking = total + _gumbel(choice.token, state.position, total.shape) if choice.token.do_sample else total
+    # Of each beam first: a GPU's kernel takes rows no longer than a vocabulary. Ties are broken as in one pass.
+    each, tokens = jax.lax.top_k(ranking, min(choice.candidates, V))
+    picked = jax.lax.top_k(each.reshape(B, -1), choice.candidates)[1]
+    beams = picked // each.shape[-1]
+    tokens = jnp.take_along_axis(tokens.reshape(B, -1), picked, axis=1)
+    total = jnp.take_along_axis(total.reshape(B, -1), beams * V + tokens, axis=1)
+    counts = jnp.arange(choice.candidates) < choice.kept
+    found = _take(state.running, beams)
+    rows = jnp.arange(B)[:, None] * M + beams
+    ended = jnp.isin(tokens, jnp.asarray(choice.token.eos_ids)) | (state.cur_len + 1 >= choice.max_length)
+    found = Beams(
+        sequences=_set_column(found.sequences, tokens, state.cur_len),
+        sources=_set_column(found.sources, rows, state.cur_len),
+        scores=jnp.where(counts, total, -jnp.inf),
+        ended=ended,
+    )
+    return found, counts
+
+
+def _gumbel(token: TokenChoice, position: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[B, M, V] noise; each prompt has its own key, folded by the next token's position in its row."""
+    base = jax.random.key(token.seed)
+
+    def draw(row: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(base, row), at), shape[1:])
+
+    return jax.vmap(draw)(jnp.arange(shape[0]), position.reshape(shape[:2])[:, 0] + 1)
+
+
+def _finish(state: BeamState, choice: BeamChoice, found: Beams) -> Beams:
+    """The M best of the finished and of what has ended among the first M candidates (`_update_finished_beams`)."""
+    M = choice.beams
+    ended = found.ended & (jnp.arange(choice.candidates) < M)
+    full = jnp.all(state.finished.ended, axis=1, keepdims=True) & choice.stop_when_full
+    scores = _normalise(choice, found.scores, state.cur_len + 1 - choice.prompt_length)
+    # One by one: at 1e9 a float32 has steps of 64, and the sums' rounding decides what is a tie.
+    for excluded in (full, ~state.improvable[:, None], ~ended):
+        scores = scores + jnp.where(excluded, EXCLUDED, 0.0)
+    found = found.replace(scores=scores, ended=ended)
+    return _best(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state.finished, found), M)
+
+
+def _may_improve(choice: BeamChoice, running: Beams, finished: Beams, cur_len: jax.Array) -> jax.Array:
+    """[B] bool: whether the best running beam may come to beat the worst finished one (`_check_early_stop_heuristic`).
+
+    Its score is taken as it would be at its present length; with early_stopping="never" and a penalty that favours
+    length, at max_length.
+    """
+    at_the_end = choice.never & (jnp.asarray(choice.length_penalty) > 0.0)
+    length = jnp.where(at_the_end, choice.max_length, cur_len) - choice.prompt_length
+    best = _normalise(choice, running.scores[:, :1], length)
+    worst = jnp.where(finished.ended, jnp.min(finished.scores, axis=1, keepdims=True), EXCLUDED)
+    return jnp.any(best > worst, axis=1)
+
+
+def _normalise(choice: BeamChoice, scores: jax.Array, length: jax.Array) -> jax.Array:
+    """Scores over length ** length_penalty, length in new tokens."""
+    return scores / length.astype(jnp.float32) ** jnp.asarray(choice.length_penalty, jnp.float32)
+
+
+def _best(beams: Beams, count: int) -> Beams:
+    """The `count` hypotheses of each prompt with the highest scores, the best first."""
+    return _take(beams, jax.lax.top_k(beams.scores, count)[1])
+
+
+def _take(beams: Beams, index: jax.Array) -> Beams:
+    """The hypotheses index [B, n] of each prompt."""
+
+    def gather(a: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(a, index.reshape(index.shape + (1,) * (a.ndim - 2)), axis=1)
+
+    return jax.tree.map(gather, beams)
+
+
+def _column(array: jax.Array, at: jax.Array) -> jax.Array:
+    """[B, M]: one column of [B, M, W]."""
+    return jax.lax.dynamic_index_in_dim(array, at, axis=2, keepdims=False)
+
+
+def _set_column(array: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
+    """[B, C, W] with values [B, C] in one column."""
+    return jax.lax.dynamic_update_index_in_dim(array, values.astype(array.dtype), at, axis=2)
+
+
+def _reorder(cache: KVCache, parents: jax.Array, prompt_length: ArrayLike) -> KVCache:
+    """The cache with row `parents[i]` in row i; in place, block by block of slots.
+
+    The prompt's slots are equal in all beams of a prompt and stay; what moves grows with the new tokens only. A block
+    of all layers at a time keeps the temporaries to a block, and is one loop.
+    """
+    S = cache.capacity
+    block = BLOCK if S % BLOCK == 0 else S  # a last block that is not whole would move some slots twice
+
+    def move(i: jax.Array, layers: Any) -> Any:
+        def gather(a: jax.Array) -> jax.Array:
+            slots = jax.lax.dynamic_slice_in_dim(a, i * block, block, axis=2)
+            moved = jnp.take(slots, parents, axis=0, mode="clip")
+            return jax.lax.dynamic_update_slice_in_dim(a, moved, i * block, axis=2)
+
+        return jax.tree.map(gather, layers)
+
+    first, last = jnp.asarray(prompt_length) // block, -(-cache.length // block)
+    return cache.replace(layers=jax.lax.fori_loop(first, last, move, cache.layers))
+
+
+def search(
+    model: CausalLM, request: Inputs, options: ResolvedConfig, cache: KVCache | None = None
+) -> GenerateBeamDecoderOnlyOutput:
+    """Beam search, or with do_sample beam sampling: dispatch programs until one says that the search is over.
+
+    Args:
+      request: the prompts.
+      options: num_beams and the rest.
+      cache: of a beginning of the prompts; it is donated.
+    """
+    steps, ahead = CHUNK.get(platform(model.params), DEFAULT_CHUNK)
+    choice = make_beam_choice(request, options, model.config.vocab_size)
+    length, copies = request.input_ids.shape[1], options.num_beams
+    if cache is not None:  # the rows must part before the rest of the prompt is run: the cache is donated
+        request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
+    keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
+    room = options.max_new_tokens + steps
+    state, output = start(prefill, model, request, choice, cache, room, copies=copies, **keep)
+    queue, dispatched = deque([output]), 1
+    outputs: list[BeamOutput] = []
+    while not outputs or not outputs[-1].done[-1]:
+        while dispatched < options.max_new_tokens and len(queue) <= ahead:
+            bound = min(bucket(length + dispatched + steps, SMALLEST_CACHE), state.cache.capacity)
+            state = state.replace(cache=state.cache.replace(bound=bound))
+            state, output = decode(model.module, model.params, state, choice, steps=steps, **keep)
+            queue.append(output)
+            dispatched += steps
+        outputs.append(jax.device_get(queue.popleft()))
+    return _result(state, jax.tree.map(lambda *a: np.concatenate(a), *outputs), options, length)
+
+
+def make_beam_choice(request: Inputs, options: ResolvedConfig, vocab_size: int) -> BeamChoice:
+    """The options in the program's terms."""
+    M, ends = options.num_beams, max(len(options.eos_token_id), 1)
+    return BeamChoice(
+        token=make_choice(request, options, M, vocab_size),
+        prompt_length=np.int32(request.input_ids.shape[1]),
+        max_length=np.int32(options.max_length),
+        kept=np.int32((1 + ends) * M),
+        length_penalty=np.float32(options.length_penalty),
+        stop_when_full=np.bool_(options.early_stopping is True),
+        never=np.bool_(options.early_stopping == "never"),
+        beams=M,
+        candidates=(1 + bucket(ends, 1)) * M,
+    )
+
+
+def _result(
+    state: BeamState, output: BeamOutput, options: ResolvedConfig, prompt_length: int
+) -> GenerateBeamDecoderOnlyOutput:
+    """The best hypotheses of each prompt, cut at the longest one's end."""
+    finished = jax.device_get(state.finished)
+    best = jax.tree.map(lambda a: a[:, : options.num_return_sequences].reshape(-1, *a.shape[2:]), finished)
+    ends = prompt_length + (best.sources >= 0).sum(axis=1)
+    sequences = np.where(np.arange(best.sequences.shape[1]) < ends[:, None], best.sequences, _fill(options))
+    count = int((~output.idle).sum())
+    length = np.full(state.position.shape, prompt_length + count - 1, np.int32)
+    return GenerateBeamDecoderOnlyOutput(
+        sequences=sequences[:, : ends.max()].astype(np.int32),
+        sequences_scores=best.scores if options.output_scores else None,
+        scores=None if output.scores is None else tuple(output.scores[:count]),
+        logits=None if output.logits is None else tuple(output.logits[:count]),
+        beam_indices=best.sources[:, prompt_length : ends.max()],
+        past_key_values=state.cache.replace(length=length, bound=None) if options.use_cache else None,
+    )
+
+
+def _fill(options: ResolvedConfig) -> int:
+    """What stands after the end of a hypothesis. As in Transformers, a pad id of 0 is taken for none."""
+    return (options.pad_token_id or options.eos_token_id[0]) if options.eos_token_id else -1
