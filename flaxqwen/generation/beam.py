@@ -386,7 +386,7 @@ def make_beam_choice(request: Inputs, options: ResolvedConfig, vocab_size: int) 
         stop_when_full=np.bool_(options.early_stopping is True),
         never=np.bool_(options.early_stopping == "never"),
         beams=M,
-        candidates=(1 + bucket(ends, 1)) * M,
+        candidates=min((1 + bucket(ends, 1)) * M, M * vocab_size),
     )
 
 
