@@ -191,7 +191,10 @@ def decode(
             position_ids=state.position[:, None],
             past_key_values=state.cache,
         )
-        return _advance(state.replace(cache=cache), choice, logits, keep_scores, keep_logits)
+        after, output = _advance(state.replace(cache=cache), choice, logits, keep_scores, keep_logits)
+        parents = _column(after.running.sources, state.cur_len).reshape(-1)
+        parents = jnp.where(state.done, jnp.arange(len(parents)), parents)
+        return after.replace(cache=_reorder(after.cache, parents, choice.prompt_length)), output
 
     return jax.lax.scan(step, state, None, length=steps)
 
@@ -220,11 +223,9 @@ def _advance(
         done=done,
     )
     # Once done, a step writes to the cache out of sight, and the rest stays as it is.
-    kept = jax.tree.map(partial(jnp.where, state.done), state.replace(cache=None), after.replace(cache=None))
-    parents = jnp.where(state.done, jnp.arange(B * M), _column(running.sources, state.cur_len).reshape(B * M))
-    cache = _reorder(state.cache.replace(length=kept.cur_len - 1), parents, choice.prompt_length)
-    output = BeamOutput(state.done, kept.done, scores if keep_scores else None, logits if keep_logits else None)
-    return kept.replace(cache=cache), output
+    after = jax.tree.map(partial(jnp.where, state.done), state.replace(cache=None), after.replace(cache=None))
+    output = BeamOutput(state.done, after.done, scores if keep_scores else None, logits if keep_logits else None)
+    return after.replace(cache=state.cache.replace(length=after.cur_len - 1)), output
 
 
 def _continue(state: BeamState, choice: BeamChoice, scores: jax.Array) -> tuple[Beams, jax.Array]:
@@ -242,8 +243,8 @@ def _continue(state: BeamState, choice: BeamChoice, scores: jax.Array) -> tuple[
     each, tokens = jax.lax.top_k(ranking, min(choice.candidates, V))
     picked = jax.lax.top_k(each.reshape(B, -1), choice.candidates)[1]
     beams = picked // each.shape[-1]
-    tokens = jnp.take_along_axis(tokens.reshape(B, -1), picked, axis=1)
-    total = jnp.take_along_axis(total.reshape(B, -1), beams * V + tokens, axis=1)
+    tokens = _pick(tokens.reshape(B, -1), picked)
+    total = _pick(total.reshape(B, -1), beams * V + tokens)
     counts = jnp.arange(choice.candidates) < choice.kept
     found = _take(state.running, beams)
     rows = jnp.arange(B)[:, None] * M + beams
@@ -307,9 +308,14 @@ def _take(beams: Beams, index: jax.Array) -> Beams:
     """The hypotheses index [B, n] of each prompt."""
 
     def gather(a: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(a, index.reshape(index.shape + (1,) * (a.ndim - 2)), axis=1)
+        return _pick(a, index.reshape(index.shape + (1,) * (a.ndim - 2)))
 
     return jax.tree.map(gather, beams)
+
+
+def _pick(array: jax.Array, index: jax.Array) -> jax.Array:
+    """take_along_axis on axis 1, for an index that is inside by construction."""
+    return jnp.take_along_axis(array, index, axis=1, mode="promise_in_bounds")
 
 
 def _column(array: jax.Array, at: jax.Array) -> jax.Array:
@@ -334,7 +340,7 @@ def _reorder(cache: KVCache, parents: jax.Array, prompt_length: ArrayLike) -> KV
     def move(i: jax.Array, layers: Any) -> Any:
         def gather(a: jax.Array) -> jax.Array:
             slots = jax.lax.dynamic_slice_in_dim(a, i * block, block, axis=2)
-            moved = jnp.take(slots, parents, axis=0, mode="clip")
+            moved = slots.at[parents].get(mode="promise_in_bounds")
             return jax.lax.dynamic_update_slice_in_dim(a, moved, i * block, axis=2)
 
         return jax.tree.map(gather, layers)

@@ -20,10 +20,20 @@ from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 from tests.generation.test_generate import counted_compilations
 from tests.reference import close, padded_mask, pair, params_of, random_ids, th, tiny, torch, torch_model
 
+# Torch's threads wait for each other longer than these models compute.
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 VOCAB = 61  # few tokens, so that beams end early and often
 EOS = {"none": None, "one": 7, "several": [7, 11, 30]}
 KEEP = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 NEW = 14
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -114,37 +124,61 @@ def test_beams_with_processors_are_theirs(rng, ours):
     assert compare(ours, rng, 30, options) > 0
 
 
-def test_without_padding_and_without_a_dict(rng):
+def test_without_padding_and_without_a_dict(rng, ours):
     """The ids alone; a pad id of 0 counts as none, as there."""
-    theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, vocab_size=VOCAB, seed=int(rng.integers(1000)))
-    mine = Model(module, params, module.config, GenerationConfig())
-    gaps = smallest_gap(theirs)
-    for _ in range(3):
-        ids = random_ids(rng, (2, 6), VOCAB)
-        options = {"num_beams": 2, "num_return_sequences": 2, "eos_token_id": list(range(5, 40)), "pad_token_id": 0}
-        want = theirs.generate(th(ids), attention_mask=torch.ones(2, 6), max_new_tokens=8, do_sample=False, **options)
-        got = mine.generate(ids, attention_mask=np.ones((2, 6)), max_new_tokens=8, **options)
-        assert got.dtype == np.int32
-        if min(gaps) > 2e-5:
-            np.testing.assert_array_equal(got, want)
+    ids = random_ids(rng, (2, 6), VOCAB)
+    options = {"num_beams": 2, "num_return_sequences": 2, "eos_token_id": list(range(5, 9)), "pad_token_id": 0}
+    found = False
+    while not found:
+        theirs = torch_model("Qwen2ForCausalLM", tiny(vocab_size=VOCAB), seed=int(rng.integers(2**31)))
+        gaps = smallest_gap(theirs)
+        want = theirs.generate(th(ids), attention_mask=th(np.ones_like(ids)), max_new_tokens=12, **options)
+        # Sequences of different lengths, so that there is something to fill.
+        found = min(gaps) > 2e-5 and bool((want[:, 6:] == 5).any()) and len(set(want[:, -1].tolist())) > 1
+    mine = replace(ours, params=params_of(theirs))
+    got = mine.generate(ids, attention_mask=np.ones_like(ids), max_new_tokens=12, **options)
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, want)
 
 
-def test_the_cache_of_the_running_beams(rng, ours):
-    """Is that of their tokens: the search is over after `length` of them; a second turn continues from a cache."""
-    ids = random_ids(rng, (2, 9), VOCAB)
-    options = KEEP | {"num_beams": 2, "num_return_sequences": 2, "eos_token_id": None, "max_new_tokens": 3}
-    got = ours.generate(ids, **options)
-    assert got.past_key_values.length.tolist() == [11] * 4
-    seen = ours(got.sequences[:, :11]).past_key_values
-    for layer, other in zip(got.past_key_values.layers, seen.layers, strict=True):
-        # At max_length every candidate has ended, and those that would go on are in no order: compare as sets.
-        for mine, want in ((layer.key, other.key), (layer.value, other.value)):
-            for row in range(4):
-                beams = slice(row // 2 * 2, row // 2 * 2 + 2)
-                errors = np.abs(np.asarray(want[beams, :, :11]) - np.asarray(mine[row, :, :11])).max(axis=(1, 2, 3))
-                assert np.isfinite(errors).all()
-    cached = ours.generate(ids, past_key_values=ours(ids[:, :4]).past_key_values, **options)
-    np.testing.assert_array_equal(cached.sequences, got.sequences)
+def begin(ours, ids, mask, **changes):
+    """The options, and the program's choice and state after the first token, of a search with 4 beams."""
+    given = KEEP | {"num_beams": 4, "max_new_tokens": NEW, "eos_token_id": EOS["several"]} | changes
+    options = resolve(GenerationConfig(), None, given, input_length=ids.shape[1], max_position_embeddings=2048)
+    request = inputs.Inputs(ids, mask.astype(bool))
+    choice = beam.make_beam_choice(request, options, VOCAB)
+    keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
+    state, _ = decoding.start(beam.prefill, ours, request, choice, None, NEW + 4, copies=4, **keep)
+    return choice, state.replace(cache=state.cache.replace(bound=512)), keep
+
+
+def test_the_cache_is_that_of_the_running_beams(rng, ours):
+    """Row by row, the keys and values that forward finds for the beams' own tokens."""
+    ids, mask = prompts(rng)
+    choice, state, keep = begin(ours, ids, mask)
+    for _ in range(2):
+        state, _ = beam.decode(ours.module, ours.params, state, choice, steps=4, **keep)
+    seen = int(state.cur_len) - 1
+    assert seen == int(state.cache.length) == 9 + 8
+    mask = np.pad(np.repeat(mask, 4, axis=0), ((0, 0), (0, 8)), constant_values=1)
+    sequences = np.asarray(state.running.sequences).reshape(8, -1)[:, :seen]
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    want = ours(sequences, attention_mask=mask, position_ids=positions).past_key_values
+    real = np.broadcast_to(mask[:, None, :, None] == 1, want.layers[0].key.shape)
+    for mine, other in zip(jax.tree.leaves(state.cache.layers), jax.tree.leaves(want.layers), strict=True):
+        close(mine[:, :, :seen], other, where=real)
+
+
+def test_continuing_from_a_cache(rng, ours):
+    """Only what is new of the prompt is run; the result is that without a cache, and so is its own cache's length."""
+    ids, mask = prompts(rng)
+    options = KEEP | {"num_beams": 4, "num_return_sequences": 4, "eos_token_id": EOS["several"], "max_new_tokens": NEW}
+    want = ours.generate(ids, attention_mask=mask, **options)
+    seen = ours(ids[:, :6], attention_mask=mask[:, :6], position_ids=np.asarray([range(6), [0, 0, 0, 0, 0, 1]]))
+    got = ours.generate(ids, attention_mask=mask, past_key_values=seen.past_key_values, **options)
+    np.testing.assert_array_equal(got.sequences, want.sequences)
+    np.testing.assert_allclose(got.sequences_scores, want.sequences_scores, atol=1e-5)
+    assert got.past_key_values.length.tolist() == [9 + len(got.scores) - 1] * 8
 
 
 @pytest.mark.parametrize(("capacity", "prompt", "length"), [(384, 130, 300), (384, 5, 129), (40, 5, 33)])
@@ -163,25 +197,12 @@ def test_the_reorder_moves_rows_of_new_slots(capacity, prompt, length, rng):
         np.testing.assert_array_equal(after[:, :, :length], np.asarray(before)[parents, :, :length])
 
 
-def program(ours, capacity):
-    """The compiled steps of 4 beams, and the state that they take."""
-    options = resolve(
-        GenerationConfig(), None, {"max_new_tokens": 8, "num_beams": 4}, input_length=6, max_position_embeddings=2048
-    )
-    request = inputs.Inputs(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
-    keep = {"keep_scores": False, "keep_logits": False}
-    choice, prompt = beam.make_beam_choice(request, options, VOCAB), inputs.make_prompt(request, 32, capacity)
-    arguments = {"capacity": capacity, "copies": 4, "cache_dtype": np.dtype("float32"), **keep}
-    state, _ = jax.eval_shape(
-        lambda params, prompt: beam.prefill(ours.module, params, prompt, choice, None, **arguments), ours.params, prompt
-    )
-    return beam.decode.lower(ours.module, ours.params, state, choice, steps=4, **keep).compile(), state
-
-
-def test_the_cache_is_reordered_in_place(ours):
+def test_the_cache_is_reordered_in_place(rng, ours):
     """The steps alias the whole state, and their temporaries are less than one layer's cache."""
-    compiled, state = program(ours, 2048)
-    layers = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layer)) for layer in state.cache.layers]
+    choice, state, keep = begin(ours, *prompts(rng), output_scores=False, output_logits=False)
+    state = state.replace(cache=state.cache.replace(bound=None).grow(4096))
+    compiled = beam.decode.lower(ours.module, ours.params, state, choice, steps=4, **keep).compile()
+    layers = [sum(leaf.nbytes for leaf in jax.tree.leaves(layer)) for layer in state.cache.layers]
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= sum(layers)
     assert memory.temp_size_in_bytes < layers[0]

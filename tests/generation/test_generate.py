@@ -317,7 +317,6 @@ BAD = [
     ({"inputs": [[1, 2]], "attention_mask": [[1]]}, r"attention_mask has shape \(1, 1\)"),
     ({"inputs": [[1, 2]], "attention_mask": [[1, 3]]}, "other than 0 and 1"),
     ({"inputs": [[1, 2]], "temprature": 0.3}, "temperature"),
-    ({"inputs": [[1, 2]], "num_beams": 3}, "num_beams"),
     ({"inputs": [[1, 2]], "max_new_tokens": 0}, "max_new_tokens"),
     ({"inputs": [[1, 2]], "max_length": 2}, "max_length"),
     ({"inputs": [[1, 2]], "num_return_sequences": 2}, "num_return_sequences"),
