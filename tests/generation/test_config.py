@@ -37,16 +37,15 @@ SUPPORTED = {
     "eta_cutoff", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
-    "watermarking_config",
+    "watermarking_config", "num_beams", "early_stopping", "length_penalty",
 }
-# Without beams and without a draft model these do nothing, here and there.
+# Without a draft model these do nothing, here and there.
 INERT = {
-    "early_stopping", "length_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
-    "assistant_ensemble_weight",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight",
 }
 ACTIVE_VALUES: dict[str, Any] = {
-    "max_time": 1.0, "stop_strings": "stop", "num_beams": 2, "cache_implementation": "quantized",
+    "max_time": 1.0, "stop_strings": "stop", "cache_implementation": "quantized",
     "cache_config": {"nbits": 4}, "max_cache_len": 64, "prefill_chunk_size": 8, "token_healing": True,
     "guidance_scale": 1.5, "output_attentions": True, "output_hidden_states": True,
     "is_assistant": True, "prompt_lookup_num_tokens": 3, "assistant_early_exit": 1, "speculation_type": "dflash",
