@@ -229,10 +229,10 @@ def _advance(
 
 
 def _continue(state: BeamState, choice: BeamChoice, scores: jax.Array) -> tuple[Beams, jax.Array]:
-    """The best C continuations of each prompt's running beams, or C drawn without replacement; and [C] bool, which of
-    them count.
+    """The best C continuations of each prompt's running beams, or C drawn without replacement.
 
     scores: [B * M, V] float32, of each beam's next token.
+    Returns them, and which of them count: [C] bool.
     """
     B, M, _ = state.running.sequences.shape
     V = scores.shape[-1]
@@ -332,7 +332,7 @@ def _reorder(cache: KVCache, parents: jax.Array, prompt_length: ArrayLike) -> KV
     """The cache with row `parents[i]` in row i; in place, block by block of slots.
 
     The prompt's slots are equal in all beams of a prompt and stay; what moves grows with the new tokens only. A block
-    of all layers at a time keeps the temporaries to a block, and is one loop.
+    of all layers at a time is one loop, and its temporaries are block / S of the cache at most.
     """
     S = cache.capacity
     block = BLOCK if S % BLOCK == 0 else S  # a last block that is not whole would move some slots twice

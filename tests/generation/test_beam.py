@@ -117,7 +117,7 @@ def test_beams_are_theirs(beams, eos, early_stopping, rng, ours):
 
 
 def test_beams_with_processors_are_theirs(rng, ours):
-    """Processors see log-probabilities, and each beam's own tokens. 30 models; some hypotheses end before the others."""
+    """Processors see log-probabilities, and each beam's own tokens. 30 models; some hypotheses end early."""
 
     def options(i):
         return {
