@@ -75,7 +75,12 @@ def generate_text(
         output = TextStream(decoder(tokenizer), print_now if stream and not as_json else None, clock.now)
         own = model.generation_config
         length = length_options(own, max_new_tokens, room=config.context_length - len(tokens))
-        model.generate(inputs, streamer=output, **length, **options)
+        if (own.num_beams or 1) > 1:  # which tokens stand is known at the end only
+            for token in model.generate(inputs, **length, **options)[:, len(tokens) :].T:
+                output.put(token)
+            output.end()
+        else:
+            model.generate(inputs, streamer=output, **length, **options)
         times += [output.first_at, clock.now()]
     finish = finish_reason(own, output.tokens)
     if as_json:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flaxqwen import AutoModelForCausalLM
 from flaxqwen.cli.generate import sampling_options
 from flaxqwen.cli.text import TextStream, decoder, load_tokenizer
 from tests.cli.conftest import CHATML, END_OF_TURN, SENTENCE, Run, assert_refused, encode
@@ -105,6 +106,20 @@ def test_finish_reasons(run: Run, sentence_model: Path, monkeypatch: pytest.Monk
     assert values["timings"]["decode_tokens_per_second"] is None
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert "stopped after 4 tokens" in run("generate", sentence_model, "Speak.", "--max-new-tokens", "4").err
+
+
+def test_beams_of_the_models_own_config(run: Run, copied: Path):
+    """A checkpoint may ask for beam search, which cannot stream: the text comes at the end."""
+    path = copied / "generation_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | {"num_beams": 3, "do_sample": False}))
+    values = json.loads(run("generate", copied, "Hello", "--json", "--max-new-tokens", "5").out)
+    model = AutoModelForCausalLM.from_pretrained(copied)
+    prompt = np.asarray([values["prompt_tokens"]])
+    want = model.generate(prompt, max_new_tokens=5)[0, prompt.shape[1] :].tolist()
+    assert values["new_tokens"] == want
+    result = run("generate", copied, "Hello", "--max-new-tokens", "5")
+    assert (result.code, result.out) == (0, values["text"] + "\n")
 
 
 def test_prompt_from_file_and_stdin(run: Run, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
