@@ -24,8 +24,6 @@ DEFAULT_NEW_TOKENS = 20  # where nobody set a length
 # To support an option, delete its row. Options that act only with beams or with a draft model (length_penalty,
 # num_assistant_tokens, ...) need no row while those are refused.
 NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
-    "max_time": (None,),
-    "stop_strings": (None,),
     "num_beams": (1,),
     "cache_implementation": (None, "dynamic", "static", "sliding_window", "hybrid", "hybrid_chunked"),
     "cache_config": (None,),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxqwen.cache import KVCache, init_cache
-from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, process
+from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, process, stopped
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 
 Params = dict[str, Any]
@@ -32,7 +32,7 @@ class DecodeState(flax.struct.PyTreeNode):
     input_ids: [B, W] int32, the sequences as Transformers lays them out: left-padded prompt, then the new tokens.
     cur_len: int32 scalar, columns of input_ids that are filled.
     position: [B] int32, position id of the newest token.
-    finished: [B] bool, rows that have had an end-of-sequence token.
+    finished: [B] bool, rows that have had an end-of-sequence token, or that a criterion has stopped.
     """
 
     cache: KVCache
@@ -44,9 +44,14 @@ class DecodeState(flax.struct.PyTreeNode):
 
 
 class StepOutput(flax.struct.PyTreeNode):
-    """What steps give the host: tokens [steps, B], and, if asked for, processed scores and raw logits [steps, B, V]."""
+    """What steps give the host.
+
+    tokens: [steps, B] int32. finished: [steps, B] bool, rows that have ended with this token or before.
+    scores, logits: [steps, B, V] float32, processed and raw, if asked for.
+    """
 
     tokens: jax.Array
+    finished: jax.Array
     scores: jax.Array | None = None
     logits: jax.Array | None = None
 
@@ -96,6 +101,21 @@ def prefill(
       copies: continuations per prompt; the prompt runs once and its cache is repeated.
       keep_scores, keep_logits: whether StepOutput has them.
     """
+    state, logits = run_prompt(module, params, prompt, cache, capacity, cache_dtype, copies)
+    state, output = _extend(state, choice, logits, keep_scores, keep_logits)
+    return state, jax.tree.map(lambda a: a[None], output)
+
+
+def run_prompt(
+    module: nn.Module,
+    params: Params,
+    prompt: Prompt,
+    cache: KVCache | None,
+    capacity: int,
+    cache_dtype: DTypeLike,
+    copies: int,
+) -> tuple[DecodeState, jax.Array]:
+    """The state after the prompts, and the logits [B, V] of the first token. Arguments as of `prefill`."""
     tokens = jnp.asarray(prompt.tokens)
     if cache is None:
         cache = init_cache(module.config, tokens.shape[0], capacity, cache_dtype).replace(bound=tokens.shape[1])
@@ -118,9 +138,7 @@ def prefill(
     layers, slot_mask, input_ids, position, logits = _repeat(rows, copies)
     cache = cache.replace(layers=layers)
     finished = jnp.zeros(logits.shape[0], bool)
-    state = DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished)
-    state, output = _extend(state, choice, logits, keep_scores, keep_logits)
-    return state, jax.tree.map(lambda a: a[None], output)
+    return DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished), logits
 
 
 @partial(jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits"), donate_argnames="state")
@@ -140,18 +158,24 @@ def decode(
         # Ties the weights to the carry: else XLA hoists float32 copies of bfloat16 weights out of the loop on CPU
         # (1,980 MB of temporaries at 0.5B).
         weights, state = jax.lax.optimization_barrier((params, state))
-        newest = jax.lax.dynamic_slice_in_dim(state.input_ids, state.cur_len - 1, 1, axis=1)
-        logits, cache = _run(
-            module,
-            weights,
-            newest,
-            attention_mask=state.slot_mask,
-            position_ids=state.position[:, None],
-            past_key_values=state.cache,
-        )
-        return _extend(state.replace(cache=cache), choice, logits, keep_scores, keep_logits)
+        state, logits = run_newest(module, weights, state)
+        return _extend(state, choice, logits, keep_scores, keep_logits)
 
     return jax.lax.scan(step, state, None, length=steps)
+
+
+def run_newest(module: nn.Module, params: Params, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+    """Run the newest token of each row: the state with it in the cache, and the logits [B, V] of the next one."""
+    newest = jax.lax.dynamic_slice_in_dim(state.input_ids, state.cur_len - 1, 1, axis=1)
+    logits, cache = _run(
+        module,
+        params,
+        newest,
+        attention_mask=state.slot_mask,
+        position_ids=state.position[:, None],
+        past_key_values=state.cache,
+    )
+    return state.replace(cache=cache), logits
 
 
 def _run(module: nn.Module, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, KVCache]:
@@ -168,12 +192,20 @@ def _extend(
 ) -> tuple[DecodeState, StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
     logits = logits.astype(jnp.float32)
-    scores = process(choice, state.input_ids, logits, state.cur_len)
-    position = state.position + 1
-    tokens, finished = fill_finished(choice, choose(choice, scores, position), state.finished)
+    scores = process(choice.processors, state.input_ids, logits, state.cur_len)
+    state, tokens = append(state, choice, scores)
+    output = StepOutput(tokens, state.finished, scores if keep_scores else None, logits if keep_logits else None)
+    return state, output
+
+
+def append(state: DecodeState, choice: TokenChoice, scores: jax.Array) -> tuple[DecodeState, jax.Array]:
+    """The state with the next token of each row in it, and those tokens [B], from processed scores [B, V]."""
+    position, cur_len = state.position + 1, state.cur_len + 1
+    tokens = fill_finished(choice, choose(choice, scores, position), state.finished)
     input_ids = jax.lax.dynamic_update_slice_in_dim(state.input_ids, tokens[:, None], state.cur_len, axis=1)
-    state = state.replace(input_ids=input_ids, cur_len=state.cur_len + 1, position=position, finished=finished)
-    return state, StepOutput(tokens, scores if keep_scores else None, logits if keep_logits else None)
+    finished = state.finished | stopped(choice, input_ids, scores, cur_len, tokens)
+    state = state.replace(input_ids=input_ids, cur_len=cur_len, position=position, finished=finished)
+    return state, tokens
 
 
 def _repeat(rows: Any, copies: int) -> Any:
