@@ -96,8 +96,8 @@ def wrap(
       name: of the argument, for errors.
       functions: a list of callables, or None.
       rows, vocab_size: B and V of the call.
-      check: raises ValueError for a result that is not as expected; gets the name of the callable, the result or just its
-        shape and dtype, B and V.
+      check: raises ValueError for a result that is not as expected; gets the name of the callable, the result or only
+        its shape and dtype, B and V.
 
     Returns:
       Of each a HostCall, or what can be traced: a Traced, or the callable itself where it is a pytree.
