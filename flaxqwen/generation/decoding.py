@@ -99,7 +99,7 @@ def run(
     if cache is not None and copies > 1:  # the rows must part before the shared prompt is run: the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
     choice = make_choice(request, options, control, copies, model.config.vocab_size)
-    keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
+    keep = kept(options)
     ask = HostCriteria(stopping.host, request.repeat(copies).input_ids, options.max_new_tokens, options.output_scores)
     state, output = start(programs.prefill, model, request, choice, cache, copies, options.max_new_tokens + steps, keep)
     length, capacity = request.input_ids.shape[1], state.cache.capacity
@@ -133,7 +133,7 @@ def start(
     cache: KVCache | None,
     copies: int,
     room: int,
-    keep: dict[str, bool],
+    keep: dict[str, Any],
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """Prefill what the cache does not hold yet, in a cache with room for `room` tokens more."""
     tokens = bucket(request.input_ids.shape[1] - request.cached, SMALLEST_PROMPT)
@@ -154,6 +154,12 @@ def start(
         copies=copies,
         **keep,
     )
+
+
+def kept(options: ResolvedConfig) -> dict[str, Any]:
+    """What the programs give besides tokens, as their arguments."""
+    states = tuple(name for name in loop.STATES if getattr(options, f"output_{name}"))
+    return {"keep_scores": options.output_scores, "keep_logits": options.output_logits, "keep_states": states}
 
 
 def cut(output: Any, most: int) -> Any:

@@ -105,6 +105,7 @@ def generate(
         sequences=sequences,
         scores=tuple(s for o in steps if o.scores is not None for s in o.scores) if resolved.output_scores else None,
         logits=tuple(s for o in steps if o.logits is not None for s in o.logits) if resolved.output_logits else None,
+        **{name: tuple(layer_states(steps, name, call.request)) for name in loop.STATES if getattr(steps[0], name)},
         past_key_values=cache if resolved.use_cache else None,
     )
 
@@ -132,6 +133,17 @@ def token_pieces(call: Call) -> Generator[np.ndarray, None, None]:
     """The tokens [B] of each step."""
     for tokens, _ in call.steps():
         yield tokens
+
+
+def layer_states(outputs: list[Any], name: str, request: Inputs) -> Iterator[tuple[np.ndarray, ...]]:
+    """The attentions or hidden states of each step, for each layer, without what padding and later slots hold."""
+    tokens, slots = request.input_ids.shape[1] - request.cached, request.input_ids.shape[1]
+    for output in outputs:
+        for step in range(len(output.tokens)):
+            layers = (layer[step] for layer in getattr(output, name))
+            seen = (..., slice(tokens), slice(slots)) if name == "attentions" else (slice(None), slice(tokens))
+            yield tuple(np.asarray(layer[seen]) for layer in layers)
+            tokens, slots = 1, slots + 1
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ from flaxqwen.generation.processors import LogitsProcessor
 from flaxqwen.generation.sampling import TokenChoice, process
 
 _run_prompt = jax.jit(
-    loop.run_prompt, static_argnames=("module", "capacity", "cache_dtype", "copies"), donate_argnames="cache"
+    loop.run_prompt,
+    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_states"),
+    donate_argnames="cache",
 )
-_run_newest = jax.jit(loop.run_newest, static_argnames="module", donate_argnames="state")
+_run_newest = jax.jit(loop.run_newest, static_argnames=("module", "keep_states"), donate_argnames="state")
 _append = jax.jit(loop.append, donate_argnames="state")
 _process = jax.jit(process)
 
@@ -75,12 +77,12 @@ def prefill(
     copies: int,
     keep_scores: bool,
     keep_logits: bool,
+    keep_states: tuple[str, ...] = (),
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """As loop.prefill."""
-    state, logits = _run_prompt(
-        module, params, prompt, cache, capacity=capacity, cache_dtype=cache_dtype, copies=copies
-    )
-    return _extend(state, choice, logits, keep_scores, keep_logits)
+    shape = {"capacity": capacity, "cache_dtype": cache_dtype, "copies": copies}
+    state, logits, states = _run_prompt(module, params, prompt, cache, **shape, keep_states=keep_states)
+    return _extend(state, choice, logits, keep_scores, keep_logits, states)
 
 
 def decode(
@@ -92,28 +94,35 @@ def decode(
     steps: int,
     keep_scores: bool,
     keep_logits: bool,
+    keep_states: tuple[str, ...] = (),
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """As loop.decode, for one step."""
     assert steps == 1
-    state, logits = _run_newest(module, params, state)
-    return _extend(state, choice, logits, keep_scores, keep_logits)
+    state, logits, states = _run_newest(module, params, state, keep_states=keep_states)
+    return _extend(state, choice, logits, keep_scores, keep_logits, states)
 
 
 def _extend(
-    state: loop.DecodeState, choice: TokenChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool
+    state: loop.DecodeState,
+    choice: TokenChoice,
+    logits: jax.Array,
+    keep_scores: bool,
+    keep_logits: bool,
+    states: loop.States,
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
+    logits = _process((), state.input_ids, logits, state.cur_len)  # float32
     scores = process_on_host(choice.processors, state, logits)
     state, tokens = _append(state, choice.replace(processors=()), scores)
     kept = scores if keep_scores else None, logits if keep_logits else None
     # Off the device at once: the state is donated to the next step, and `finished` with it.
-    output = jax.device_get(loop.StepOutput(tokens, state.finished, *kept))
-    return state, jax.tree.map(lambda a: np.asarray(a, np.float32 if a.dtype.itemsize == 2 else None)[None], output)
+    output = jax.device_get(loop.StepOutput(tokens, state.finished, *kept, **states))
+    return state, jax.tree.map(lambda a: a[None], output)
 
 
 def process_on_host(processors: tuple[LogitsProcessor, ...], state: loop.DecodeState, logits: jax.Array) -> jax.Array:
     """Scores [B, V] from logits [B, V]: host processors between the runs of those that are traced."""
-    scores: Any = _process((), state.input_ids, logits, state.cur_len)  # float32
+    scores: Any = logits
     for on_host, group in itertools.groupby(processors, lambda processor: isinstance(processor, HostCall)):
         if not on_host:
             scores = _process(tuple(group), state.input_ids, scores, state.cur_len)

@@ -3,7 +3,8 @@
 Both are pure: the state goes in, donated, and comes out. Static are the module, the shapes, the number of steps and the
 filled-length bound that attention reads; everything else is traced, so that no value compiles a second time.
 
-Axes: B batch, T prompt tokens (padded to a bucket), S cache capacity, W columns of the sequence buffer, V vocabulary.
+Axes: B batch, T prompt tokens (padded to a bucket), S cache capacity, W columns of the sequence buffer, D model,
+N query heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, pro
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 
 Params = dict[str, Any]
+States = dict[str, tuple[jax.Array, ...]]  # of each layer, by the names of StepOutput
+STATES = ("attentions", "hidden_states")
 
 
 class DecodeState(flax.struct.PyTreeNode):
@@ -47,13 +50,16 @@ class StepOutput(flax.struct.PyTreeNode):
     """What steps give the host.
 
     tokens: [steps, B] int32. finished: [steps, B] bool, rows that have ended with this token or before.
-    scores, logits: [steps, B, V] float32, processed and raw, if asked for.
+    If asked for: scores, logits: [steps, B, V] float32, processed and raw; attentions: [steps, B, N, T, S] of each
+    layer; hidden_states: [steps, B, T, D] of each layer and one more.
     """
 
     tokens: jax.Array
     finished: jax.Array
     scores: jax.Array | None = None
     logits: jax.Array | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
 
 
 class Prompt(flax.struct.PyTreeNode):
@@ -75,7 +81,7 @@ class Prompt(flax.struct.PyTreeNode):
 
 @partial(
     jax.jit,
-    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_scores", "keep_logits"),
+    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_scores", "keep_logits", "keep_states"),
     donate_argnames="cache",
 )
 def prefill(
@@ -90,6 +96,7 @@ def prefill(
     copies: int,
     keep_scores: bool,
     keep_logits: bool,
+    keep_states: tuple[str, ...] = (),
 ) -> tuple[DecodeState, StepOutput]:
     """Run the prompts and choose the first token.
 
@@ -99,10 +106,10 @@ def prefill(
       choice: how the token is chosen.
       cache: to continue (donated), or None for a new one of `capacity` slots and of cache_dtype.
       copies: continuations per prompt; the prompt runs once and its cache is repeated.
-      keep_scores, keep_logits: whether StepOutput has them.
+      keep_scores, keep_logits: whether StepOutput has them. keep_states: of "attentions", "hidden_states" likewise.
     """
-    state, logits = run_prompt(module, params, prompt, cache, capacity, cache_dtype, copies)
-    state, output = _extend(state, choice, logits, keep_scores, keep_logits)
+    state, logits, states = run_prompt(module, params, prompt, cache, capacity, cache_dtype, copies, keep_states)
+    state, output = _extend(state, choice, logits, keep_scores, keep_logits, states)
     return state, jax.tree.map(lambda a: a[None], output)
 
 
@@ -114,18 +121,20 @@ def run_prompt(
     capacity: int,
     cache_dtype: DTypeLike,
     copies: int,
-) -> tuple[DecodeState, jax.Array]:
-    """The state after the prompts, and the logits [B, V] of the first token. Arguments as of `prefill`."""
+    keep_states: tuple[str, ...],
+) -> tuple[DecodeState, jax.Array, States]:
+    """The state after the prompts, the logits [B, V] of the first token, and the states kept. Arguments as of prefill."""
     tokens = jnp.asarray(prompt.tokens)
     if cache is None:
         cache = init_cache(module.config, tokens.shape[0], capacity, cache_dtype).replace(bound=tokens.shape[1])
     # Rows are aligned, and stay so: one length for all keeps the writes plain slices.
     cache = cache.replace(length=jnp.max(cache.length))
     start = cache.length
-    logits, cache = _run(
+    logits, cache, states = _run(
         module,
         params,
         tokens,
+        keep_states,
         attention_mask=prompt.slot_mask,
         position_ids=prompt.position_ids,
         past_key_values=cache,
@@ -134,14 +143,16 @@ def run_prompt(
     # What was written after the last real token is out of sight, and overwritten step by step.
     cache = cache.replace(length=start + prompt.last + 1)
     position = jnp.asarray(prompt.position_ids)[:, prompt.last]
-    rows = (cache.layers, prompt.slot_mask, prompt.input_ids, position, logits)
-    layers, slot_mask, input_ids, position, logits = _repeat(rows, copies)
+    rows = (cache.layers, prompt.slot_mask, prompt.input_ids, position, logits, states)
+    layers, slot_mask, input_ids, position, logits, states = _repeat(rows, copies)
     cache = cache.replace(layers=layers)
     finished = jnp.zeros(logits.shape[0], bool)
-    return DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished), logits
+    return DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished), logits, states
 
 
-@partial(jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits"), donate_argnames="state")
+@partial(
+    jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits", "keep_states"), donate_argnames="state"
+)
 def decode(
     module: nn.Module,
     params: Params,
@@ -151,6 +162,7 @@ def decode(
     steps: int,
     keep_scores: bool,
     keep_logits: bool,
+    keep_states: tuple[str, ...] = (),
 ) -> tuple[DecodeState, StepOutput]:
     """`steps` decoding steps under one scan. state.cache.bound covers the last of them."""
 
@@ -158,44 +170,50 @@ def decode(
         # Ties the weights to the carry: else XLA hoists float32 copies of bfloat16 weights out of the loop on CPU
         # (1,980 MB of temporaries at 0.5B).
         weights, state = jax.lax.optimization_barrier((params, state))
-        state, logits = run_newest(module, weights, state)
-        return _extend(state, choice, logits, keep_scores, keep_logits)
+        state, logits, states = run_newest(module, weights, state, keep_states)
+        return _extend(state, choice, logits, keep_scores, keep_logits, states)
 
     return jax.lax.scan(step, state, None, length=steps)
 
 
-def run_newest(module: nn.Module, params: Params, state: DecodeState) -> tuple[DecodeState, jax.Array]:
-    """Run the newest token of each row: the state with it in the cache, and the logits [B, V] of the next one."""
+def run_newest(
+    module: nn.Module, params: Params, state: DecodeState, keep_states: tuple[str, ...]
+) -> tuple[DecodeState, jax.Array, States]:
+    """Run the newest token of each row: the state with it in the cache, logits [B, V] of the next one, states kept."""
     newest = jax.lax.dynamic_slice_in_dim(state.input_ids, state.cur_len - 1, 1, axis=1)
-    logits, cache = _run(
+    logits, cache, states = _run(
         module,
         params,
         newest,
+        keep_states,
         attention_mask=state.slot_mask,
         position_ids=state.position[:, None],
         past_key_values=state.cache,
     )
-    return state.replace(cache=cache), logits
+    return state.replace(cache=cache), logits, states
 
 
-def _run(module: nn.Module, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, KVCache]:
-    """The model on new tokens [B, T], into the cache: logits [B, V] of the one position kept, and the cache."""
+def _run(
+    module: nn.Module, params: Params, tokens: jax.Array, keep_states: tuple[str, ...], **inputs: Any
+) -> tuple[jax.Array, KVCache, States]:
+    """The model on new tokens [B, T], into the cache: logits [B, V] of one position, the cache, and states kept."""
+    inputs |= {f"output_{name}": name in keep_states for name in STATES}
     output = module.apply({"params": params}, tokens, use_cache=True, return_dict=True, **inputs)
     assert isinstance(output, CausalLMOutputWithPast)
     assert output.logits is not None
     assert output.past_key_values is not None
-    return output.logits[:, 0], output.past_key_values
+    return output.logits[:, 0], output.past_key_values, {name: getattr(output, name) for name in keep_states}
 
 
 def _extend(
-    state: DecodeState, choice: TokenChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool
+    state: DecodeState, choice: TokenChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool, states: States
 ) -> tuple[DecodeState, StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
     logits = logits.astype(jnp.float32)
     scores = process(choice.processors, state.input_ids, logits, state.cur_len)
     state, tokens = append(state, choice, scores)
-    output = StepOutput(tokens, state.finished, scores if keep_scores else None, logits if keep_logits else None)
-    return state, output
+    kept = scores if keep_scores else None, logits if keep_logits else None
+    return state, StepOutput(tokens, state.finished, *kept, **states)
 
 
 def append(state: DecodeState, choice: TokenChoice, scores: jax.Array) -> tuple[DecodeState, jax.Array]:

@@ -1,6 +1,7 @@
 """What generate() returns.
 
-Axes: B batch, P columns of the prompts, n new tokens, V vocabulary.
+Axes: B batch, P columns of the prompts, n new tokens, V vocabulary,
+N query heads, T tokens of a step, S slots that they see, D model.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ class GenerateDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):
     """Transformers' output of return_dict_in_generate.
 
     sequences: [B, P + n] int32, prompts included. scores, logits: n of [B, V] float32, processed and raw, if asked for.
+    attentions: n tuples of a [B, N, T, S] for each layer, hidden_states: n tuples of layers + 1 of [B, T, D]: T is the
+    prompt, then 1; S the tokens so far. Rows of padding hold no meaning.
     past_key_values: the cache of all tokens but the last, to be given to another generate().
     """
 
     sequences: np.ndarray
     scores: tuple[np.ndarray, ...] | None = None
     logits: tuple[np.ndarray, ...] | None = None
+    attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
+    hidden_states: tuple[tuple[np.ndarray, ...], ...] | None = None
     past_key_values: KVCache | None = None
 
 

@@ -216,3 +216,24 @@ def test_transition_scores(options, normalize, rng, pair_of_models):
         own = mine.generate(ids, **{**options, "do_sample": None})
         got = mine.compute_transition_scores(own.sequences, own.scores, normalize_logits=normalize)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings(HOST)
+@pytest.mark.parametrize("processors", [None, [by_numpy]], ids=["compiled", "host"])
+def test_attentions_and_hidden_states(processors, rng, pair_of_models):
+    theirs, mine = pair_of_models
+    ids, mask = random_ids(rng, (2, 7)), padded_mask([7, 4], 7, "left")
+    options = {"max_new_tokens": 6, "return_dict_in_generate": True}
+    options |= {"output_attentions": True, "output_hidden_states": True}
+    other = None if processors is None else [by_torch]
+    want = theirs.generate(th(ids), attention_mask=th(mask), logits_processor=other, do_sample=False, **options)
+    got = mine.generate(ids, attention_mask=mask, logits_processor=processors, **options)
+    np.testing.assert_array_equal(got.sequences, want.sequences)
+    for name in ("attentions", "hidden_states"):
+        assert len(got[name]) == len(want[name]) == 6
+        for ours, reference in zip(got[name], want[name], strict=True):
+            for layer, layer_reference in zip(ours, reference, strict=True):
+                tokens = layer.shape[1] if name == "hidden_states" else layer.shape[2]
+                real = np.broadcast_to(mask.astype(bool) if tokens == 7 else np.ones((2, 1), bool), (2, tokens))
+                real = real[..., None] if name == "hidden_states" else real[:, None, :, None]
+                close(layer, layer_reference, where=np.broadcast_to(real, layer.shape))
