@@ -116,7 +116,7 @@ def _extend(
     state, tokens = _append(state, choice.replace(processors=()), scores)
     kept = scores if keep_scores else None, logits if keep_logits else None
     # Off the device at once: the state is donated to the next step, and `finished` with it.
-    output = jax.device_get(loop.StepOutput(tokens, state.finished, *kept, **states))
+    output = jax.device_get(loop.StepOutput(tokens, state.finished, *kept).replace(**states))
     return state, jax.tree.map(lambda a: a[None], output)
 
 

@@ -123,7 +123,7 @@ def run_prompt(
     copies: int,
     keep_states: tuple[str, ...],
 ) -> tuple[DecodeState, jax.Array, States]:
-    """The state after the prompts, the logits [B, V] of the first token, and the states kept. Arguments as of prefill."""
+    """The state after the prompts, logits [B, V] of the first token, and states kept. Arguments as of `prefill`."""
     tokens = jnp.asarray(prompt.tokens)
     if cache is None:
         cache = init_cache(module.config, tokens.shape[0], capacity, cache_dtype).replace(bound=tokens.shape[1])
@@ -213,7 +213,7 @@ def _extend(
     scores = process(choice.processors, state.input_ids, logits, state.cur_len)
     state, tokens = append(state, choice, scores)
     kept = scores if keep_scores else None, logits if keep_logits else None
-    return state, StepOutput(tokens, state.finished, *kept, **states)
+    return state, StepOutput(tokens, state.finished, *kept).replace(**states)
 
 
 def append(state: DecodeState, choice: TokenChoice, scores: jax.Array) -> tuple[DecodeState, jax.Array]:

@@ -46,9 +46,9 @@ INERT = {
     "assistant_ensemble_weight",
 }
 ACTIVE_VALUES: dict[str, Any] = {
-    "num_beams": 2, "cache_implementation": "quantized",
-    "cache_config": {"nbits": 4}, "max_cache_len": 64, "prefill_chunk_size": 8, "token_healing": True,
-    "guidance_scale": 1.5, "is_assistant": True, "prompt_lookup_num_tokens": 3, "assistant_early_exit": 1, "speculation_type": "dflash",
+    "num_beams": 2, "cache_implementation": "quantized", "cache_config": {"nbits": 4}, "max_cache_len": 64,
+    "prefill_chunk_size": 8, "token_healing": True, "guidance_scale": 1.5, "is_assistant": True,
+    "prompt_lookup_num_tokens": 3, "assistant_early_exit": 1, "speculation_type": "dflash",
     "low_memory": True, "penalty_alpha": 0.6, "dola_layers": "high", "diversity_penalty": 0.5, "num_beam_groups": 2,
     "constraints": ["a"], "force_words_ids": [[1]], "compile_config": {"mode": "default"},
     "disable_compile": True, "use_mtp": True,
