@@ -102,7 +102,7 @@ def run(
     keep = kept(options)
     ask = HostCriteria(stopping.host, request.repeat(copies).input_ids, options.max_new_tokens, options.output_scores)
     state, output = start(programs.prefill, model, request, choice, cache, copies, options.max_new_tokens + steps, keep)
-    length, capacity = request.input_ids.shape[1], state.cache.capacity
+    length, capacity = request.length, state.cache.capacity
     queue = deque([output])
     dispatched, done = 1, 0
     finished = np.zeros(len(request.input_ids) * copies, bool)
@@ -136,7 +136,7 @@ def start(
     keep: dict[str, Any],
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """Prefill what the cache does not hold yet, in a cache with room for `room` tokens more."""
-    tokens = bucket(request.input_ids.shape[1] - request.cached, SMALLEST_PROMPT)
+    tokens = bucket(request.length - request.cached, SMALLEST_PROMPT)
     # The padding of a bucket is written too.
     capacity = bucket(request.cached + tokens + room, SMALLEST_CACHE)
     if cache is not None:
@@ -173,7 +173,8 @@ def make_choice(
     request: Inputs, options: ResolvedConfig, control: Control, copies: int, vocab_size: int
 ) -> TokenChoice:
     """The processors that are asked for, the draw, and what ends a row."""
-    build = partial(build_processors, options, request.input_ids, request.attention_mask, copies, vocab_size)
+    mask = request.attention_mask[:, : request.input_ids.shape[1]]
+    build = partial(build_processors, options, request.input_ids, mask, copies, vocab_size)
     processors: tuple[Any, ...] = build(custom=control.processors)
     if control.allowed is not None:
         place = sum(isinstance(processor, BEFORE_ALLOWED) for processor in build())

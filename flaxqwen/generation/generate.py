@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,17 @@ from flaxqwen.cache import KVCache
 from flaxqwen.generation import loop
 from flaxqwen.generation.callables import HostCall, check_scores, wrap
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig, resolve
+from flaxqwen.generation.custom import own_arguments, run_custom
 from flaxqwen.generation.decoding import Control, run
 from flaxqwen.generation.host import AllowedTokens
-from flaxqwen.generation.inputs import CausalLM, Inputs, cached_length, check_attention_mask, check_input_ids
+from flaxqwen.generation.inputs import (
+    CausalLM,
+    Inputs,
+    cached_length,
+    check_attention_mask,
+    check_embeds,
+    check_input_ids,
+)
 from flaxqwen.generation.outputs import GenerateDecoderOnlyOutput
 from flaxqwen.generation.stopping import make_stopping
 from flaxqwen.generation.streamers import Stream, Streamer, text_pieces
@@ -29,7 +37,8 @@ from flaxqwen.generation.streamers import Stream, Streamer, text_pieces
 # generate()'s own arguments, to recognise a misspelt one.
 ARGUMENTS = (
     "inputs", "input_ids", "attention_mask", "past_key_values", "generation_config", "logits_processor",
-    "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer",
+    "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer", "inputs_embeds",
+    "custom_generate",
 )  # fmt: skip
 
 
@@ -45,8 +54,10 @@ def generate(
     input_ids: ArrayLike | None = None,
     attention_mask: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
+    inputs_embeds: ArrayLike | None = None,
     streamer: Streamer | None = None,
     tokenizer: Any = None,
+    custom_generate: Callable[..., Any] | None = None,
     **options: Any,
 ) -> np.ndarray | GenerateDecoderOnlyOutput:
     """Continue prompts, as `GenerationMixin.generate` in transformers/generation/utils.py.
@@ -66,8 +77,10 @@ def generate(
       attention_mask: [B, P] of 0 and 1; default: as Transformers infers it from the pad token, where it can.
       past_key_values: the cache of an earlier generate() or forward over a beginning of input_ids; only the rest is
         run. It is donated: use the one in the result from then on.
+      inputs_embeds: [B, P, D], the prompts as embeddings; without input_ids only new tokens are returned.
       streamer: gets the prompts, then the tokens of each step.
       tokenizer: of the model, for stop_strings.
+      custom_generate: a decoding loop of the user's; see custom.run_custom.
       options: any field of GenerationConfig, over generation_config. `seed` seeds the draws (default: drawn from
         numpy's global generator, which transformers.set_seed seeds). The draws are not torch's; the distribution is.
 
@@ -80,11 +93,17 @@ def generate(
       ValueError: what Transformers refuses (config.resolve), and prompts that are empty, out of the vocabulary or
         longer than the context, before anything compiles.
     """
+    own = own_arguments(custom_generate, options)
     call = prepare(
         model, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus,
-        input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, tokenizer=tokenizer,
-        **options,
+        input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds, tokenizer=tokenizer, **options,
     )  # fmt: skip
+    if custom_generate is not None:
+        return run_custom(
+            custom_generate, model, call.request, call.options, call.control, past_key_values=past_key_values,
+            streamer=streamer, tokenizer=tokenizer, **own,
+        )  # fmt: skip
     resolved, prompts = call.options, call.prompts
     if streamer is not None:
         streamer.put(prompts)
@@ -137,7 +156,7 @@ def token_pieces(call: Call) -> Generator[np.ndarray, None, None]:
 
 def layer_states(outputs: list[Any], name: str, request: Inputs) -> Iterator[tuple[np.ndarray, ...]]:
     """The attentions or hidden states of each step, for each layer, without what padding and later slots hold."""
-    tokens, slots = request.input_ids.shape[1] - request.cached, request.input_ids.shape[1]
+    tokens, slots = request.length - request.cached, request.length
     for output in outputs:
         for step in range(len(output.tokens)):
             layers = (layer[step] for layer in getattr(output, name))
@@ -186,24 +205,31 @@ def prepare(
     input_ids: ArrayLike | None = None,
     attention_mask: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
+    inputs_embeds: ArrayLike | None = None,
     tokenizer: Any = None,
     **options: Any,
 ) -> Call:
     """Check the arguments of generate(), and bring them into the loop's form. Raises ValueError."""
     ids = _one_of(inputs, input_ids)
-    if ids is None:
+    if ids is None and inputs_embeds is None:
         ids = _bos_prompt(model, generation_config, options)
-    ids = check_input_ids(ids, model.config)
+    ids = None if ids is None else check_input_ids(ids, model.config)
+    embeds = None if inputs_embeds is None else check_embeds(inputs_embeds, ids, model.config)
+    shape = (ids if embeds is None else embeds).shape[:2]  # type: ignore[union-attr]
     resolved = resolve(
         model.generation_config,
         generation_config,
         options,
-        input_length=ids.shape[1],
+        input_length=shape[1],
         max_position_embeddings=model.config.max_position_embeddings,
         arguments=ARGUMENTS,
     )
-    mask = check_attention_mask(attention_mask, ids, resolved)
-    request = Inputs(ids, mask, cached_length(past_key_values, ids))
+    if ids is None:
+        ids, resolved = np.zeros((shape[0], 0), np.int32), _without_ids(resolved)
+    mask = check_attention_mask(attention_mask, ids, resolved, shape)
+    if embeds is not None and past_key_values is not None:
+        raise ValueError("inputs_embeds cannot go with past_key_values: the cache is matched by token ids")
+    request = Inputs(ids, mask, cached_length(past_key_values, ids), embeds)
     rows, vocab_size = len(ids) * resolved.num_return_sequences, model.config.vocab_size
     processors = wrap("logits_processor", logits_processor, rows, vocab_size, check_scores)
     stopping, resolved = make_stopping(resolved, stopping_criteria, tokenizer, rows, vocab_size)
@@ -213,6 +239,13 @@ def prepare(
     control = Control(stopping, processors, allowed)
     _warn(resolved.max_length, model.config.max_position_embeddings, control)
     return Call(model, request, resolved, control, past_key_values)
+
+
+def _without_ids(options: ResolvedConfig) -> ResolvedConfig:
+    """The options where prompts are embeddings alone: what is returned, counted and looked at are the new tokens."""
+    if options.encoder_repetition_penalty != 1.0 or options.encoder_no_repeat_ngram_size > 0:
+        warnings.warn("the encoder_ options look at the prompt's input_ids: without them they do nothing", stacklevel=5)
+    return replace(options, max_length=options.max_new_tokens, min_length=options.min_new_tokens)
 
 
 def _warn(total: int, context: int, control: Control) -> None:

@@ -65,7 +65,7 @@ class StepOutput(flax.struct.PyTreeNode):
 class Prompt(flax.struct.PyTreeNode):
     """The part of the prompts that the cache does not hold yet, padded on the right to a bucket.
 
-    tokens, position_ids: [B, T] int32.
+    tokens: [B, T] int32, or embeddings [B, T, D]. position_ids: [B, T] int32.
     slot_mask: [B, S] bool over cache slots, or None.
     input_ids: [B, W] int32, the whole sequences so far; cur_len: int32 scalar, their length.
     last: int32 scalar, index into tokens of the last real one.
@@ -198,7 +198,8 @@ def _run(
 ) -> tuple[jax.Array, KVCache, States]:
     """The model on new tokens [B, T], into the cache: logits [B, V] of one position, the cache, and states kept."""
     inputs |= {f"output_{name}": name in keep_states for name in STATES}
-    output = module.apply({"params": params}, tokens, use_cache=True, return_dict=True, **inputs)
+    inputs["input_ids" if tokens.ndim == 2 else "inputs_embeds"] = tokens
+    output = module.apply({"params": params}, use_cache=True, return_dict=True, **inputs)
     assert isinstance(output, CausalLMOutputWithPast)
     assert output.logits is not None
     assert output.past_key_values is not None

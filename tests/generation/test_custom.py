@@ -237,3 +237,78 @@ def test_attentions_and_hidden_states(processors, rng, pair_of_models):
                 real = np.broadcast_to(mask.astype(bool) if tokens == 7 else np.ones((2, 1), bool), (2, tokens))
                 real = real[..., None] if name == "hidden_states" else real[:, None, :, None]
                 close(layer, layer_reference, where=np.broadcast_to(real, layer.shape))
+
+
+@pytest.mark.filterwarnings("ignore:Passing .no_repeat_ngram_size. with")
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "with-ids"])
+@pytest.mark.parametrize("length", [{"max_new_tokens": 9, "min_new_tokens": 6}, {"max_length": 20, "min_length": 14}])
+def test_prompts_as_embeddings(length, together, rng, pair_of_models):
+    theirs, mine = pair_of_models
+    embeds, mask = rng.normal(size=(2, 7, 64)).astype(np.float32), padded_mask([7, 4], 7, "left")
+    options = {"eos_token_id": EOS, "pad_token_id": 3, "suppress_tokens": [4], "no_repeat_ngram_size": 2, **length}
+    ids = {"input_ids": random_ids(rng, (2, 7))} if together else {}
+    their_ids = {name: th(value) for name, value in ids.items()}
+    want = theirs.generate(inputs_embeds=th(embeds), attention_mask=th(mask), do_sample=False, **their_ids, **options)
+    for given in (embeds, jnp.asarray(embeds), th(embeds)):
+        got = mine.generate(inputs_embeds=given, attention_mask=mask, **ids, **options)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_embeddings_of_ids_are_those_ids(rng, pair_of_models):
+    """Streamed, sampled in several ways, and with a criterion of the host's."""
+    _, mine = pair_of_models
+    ids = random_ids(rng, (2, 7))
+    embeds = np.asarray(mine.params["model"]["embed_tokens"]["weight"])[ids]
+    options = {"do_sample": True, "top_k": 0, "seed": 2, "num_return_sequences": 2, "max_new_tokens": 6}
+    want = mine.generate(ids, **options)[:, 7:]
+    np.testing.assert_array_equal(mine.generate(inputs_embeds=embeds, **options), want)
+    np.testing.assert_array_equal(np.stack(list(mine.stream(inputs_embeds=embeds, **options)), axis=1), want)
+
+
+def test_custom_generate(rng, pair_of_models):
+    """A loop of one's own, over all that the call asks for."""
+    _, mine = pair_of_models
+    ids = random_ids(rng, (2, 7))
+
+    def loop(model, input_ids, attention_mask, logits_processor, stopping_criteria, generation_config, scale=1.0):
+        rows = input_ids
+        while True:
+            logits = model(rows).logits[:, -1] * scale
+            for processor in logits_processor:
+                logits = processor(rows, logits, None)
+            rows = np.concatenate([rows, np.asarray(logits.argmax(-1), np.int32)[:, None]], axis=1)
+            if all(criterion(rows, None).all() for criterion in stopping_criteria):
+                return rows, generation_config.max_new_tokens
+
+    options = {"max_new_tokens": 3, "suppress_tokens": [5, 6], "repetition_penalty": 1.2}
+    got, most = mine.generate(ids, custom_generate=loop, scale=2.0, **options)
+    np.testing.assert_array_equal(got, mine.generate(ids, **options))
+    assert most == 3
+    with pytest.raises(ValueError, match="unknown generation option 'scales'"):
+        mine.generate(ids, custom_generate=loop, scales=2.0)
+    with pytest.raises(ValueError, match="code of the hub is not run"):
+        mine.generate(ids, custom_generate="someone/decoding")
+
+
+EMBEDS = np.zeros((1, 2, 64), np.float32)
+BAD_EMBEDS = [
+    ({"inputs_embeds": EMBEDS[0]}, r"shape \(2, 64\)"),
+    ({"inputs_embeds": EMBEDS[..., :9]}, "expected .batch, tokens, 64."),
+    ({"inputs_embeds": EMBEDS, "input_ids": [[1, 2, 3]]}, "they are the same"),
+    ({"inputs_embeds": EMBEDS, "attention_mask": [[1]]}, "attention_mask has shape"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_EMBEDS, ids=[message for _, message in BAD_EMBEDS])
+def test_embeddings_that_do_not_fit(arguments, message, pair_of_models):
+    _, mine = pair_of_models
+    with counted_compilations() as compiled, pytest.raises(ValueError, match=message):
+        mine.generate(**arguments)
+    assert not compiled
+
+
+def test_synced_gpus_changes_nothing(rng, pair_of_models):
+    _, mine = pair_of_models
+    ids = random_ids(rng, (2, 7))
+    want = mine.generate(ids, max_new_tokens=3)
+    np.testing.assert_array_equal(mine.generate(ids, max_new_tokens=3, synced_gpus=True), want)
