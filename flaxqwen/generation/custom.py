@@ -52,7 +52,7 @@ def run_custom(
     """
     copies = options.num_return_sequences
     expanded = request.repeat(copies)
-    choice = make_choice(request, options, control, copies, model.config.vocab_size)
+    choice = make_choice(request, options, copies, model.config.vocab_size, control)
     arguments |= {
         "input_ids": expanded.input_ids,
         "attention_mask": expanded.attention_mask.astype(np.int32),

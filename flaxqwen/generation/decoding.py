@@ -98,10 +98,11 @@ def run(
     copies = options.num_return_sequences
     if cache is not None and copies > 1:  # the rows must part before the shared prompt is run: the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
-    choice = make_choice(request, options, control, copies, model.config.vocab_size)
+    choice = make_choice(request, options, copies, model.config.vocab_size, control)
     keep = kept(options)
     ask = HostCriteria(stopping.host, request.repeat(copies).input_ids, options.max_new_tokens, options.output_scores)
-    state, output = start(programs.prefill, model, request, choice, cache, copies, options.max_new_tokens + steps, keep)
+    room = options.max_new_tokens + steps
+    state, output = start(programs.prefill, model, request, choice, cache, room, copies=copies, **keep)
     length, capacity = request.length, state.cache.capacity
     queue = deque([output])
     dispatched, done = 1, 0
@@ -126,16 +127,20 @@ def run(
 
 
 def start(
-    prefill: Callable[..., tuple[loop.DecodeState, loop.StepOutput]],
+    prefill: Callable[..., Any],
     model: CausalLM,
     request: Inputs,
-    choice: TokenChoice,
+    choice: Any,
     cache: KVCache | None,
-    copies: int,
     room: int,
-    keep: dict[str, Any],
-) -> tuple[loop.DecodeState, loop.StepOutput]:
-    """Prefill what the cache does not hold yet, in a cache with room for `room` tokens more."""
+    **static: Any,
+) -> Any:
+    """What `prefill`, a program, gives for the columns that the cache does not hold yet.
+
+    Args:
+      prefill: loop.prefill, or that of another way of decoding; `choice` and `static` are what it takes.
+      cache: is made to have room for `room` tokens more.
+    """
     tokens = bucket(request.length - request.cached, SMALLEST_PROMPT)
     # The padding of a bucket is written too.
     capacity = bucket(request.cached + tokens + room, SMALLEST_CACHE)
@@ -151,8 +156,7 @@ def start(
         cache,
         capacity=capacity,
         cache_dtype=cache_dtype(model),
-        copies=copies,
-        **keep,
+        **static,
     )
 
 
@@ -170,7 +174,7 @@ def cut(output: Any, most: int) -> Any:
 
 
 def make_choice(
-    request: Inputs, options: ResolvedConfig, control: Control, copies: int, vocab_size: int
+    request: Inputs, options: ResolvedConfig, copies: int, vocab_size: int, control: Control
 ) -> TokenChoice:
     """The processors that are asked for, the draw, and what ends a row."""
     mask = request.attention_mask[:, : request.input_ids.shape[1]]

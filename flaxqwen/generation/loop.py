@@ -108,7 +108,16 @@ def prefill(
       copies: continuations per prompt; the prompt runs once and its cache is repeated.
       keep_scores, keep_logits: whether StepOutput has them. keep_states: of "attentions", "hidden_states" likewise.
     """
-    state, logits, states = run_prompt(module, params, prompt, cache, capacity, cache_dtype, copies, keep_states)
+    state, logits, states = run_prompt(
+        module,
+        params,
+        prompt,
+        cache,
+        capacity=capacity,
+        cache_dtype=cache_dtype,
+        copies=copies,
+        keep_states=keep_states,
+    )
     state, output = _extend(state, choice, logits, keep_scores, keep_logits, states)
     return state, jax.tree.map(lambda a: a[None], output)
 
@@ -118,10 +127,11 @@ def run_prompt(
     params: Params,
     prompt: Prompt,
     cache: KVCache | None,
+    *,
     capacity: int,
     cache_dtype: DTypeLike,
     copies: int,
-    keep_states: tuple[str, ...],
+    keep_states: tuple[str, ...] = (),
 ) -> tuple[DecodeState, jax.Array, States]:
     """The state after the prompts, logits [B, V] of the first token, and states kept. Arguments as of `prefill`."""
     tokens = jnp.asarray(prompt.tokens)
@@ -130,7 +140,7 @@ def run_prompt(
     # Rows are aligned, and stay so: one length for all keeps the writes plain slices.
     cache = cache.replace(length=jnp.max(cache.length))
     start = cache.length
-    logits, cache, states = _run(
+    logits, cache, states = run_model(
         module,
         params,
         tokens,
@@ -181,7 +191,7 @@ def run_newest(
 ) -> tuple[DecodeState, jax.Array, States]:
     """Run the newest token of each row: the state with it in the cache, logits [B, V] of the next one, states kept."""
     newest = jax.lax.dynamic_slice_in_dim(state.input_ids, state.cur_len - 1, 1, axis=1)
-    logits, cache, states = _run(
+    logits, cache, states = run_model(
         module,
         params,
         newest,
@@ -193,7 +203,7 @@ def run_newest(
     return state.replace(cache=cache), logits, states
 
 
-def _run(
+def run_model(
     module: nn.Module, params: Params, tokens: jax.Array, keep_states: tuple[str, ...], **inputs: Any
 ) -> tuple[jax.Array, KVCache, States]:
     """The model on new tokens [B, T], into the cache: logits [B, V] of one position, the cache, and states kept."""

@@ -71,8 +71,12 @@ def _make_tables(tokenizer: Any, size: int, strings: tuple[str, ...], vocab_size
     N, longest = _power_of_two(len(stops), 1), _power_of_two(max(map(len, stops)), SMALLEST_BYTES)
     token_class = np.zeros(vocab_size, np.int32)
     rows = {_row(b"", stops, N, longest): 0}
+    starts = tuple({stop[:i] for stop in stops for i in range(1, len(stop) + 1)})
+    ends = tuple({stop[-i:] for stop in stops for i in range(1, len(stop) + 1)})
     for token, text in _tokens(tokenizer, size):
-        if token < vocab_size and any(_touches(text, stop) for stop in stops):
+        # Most tokens hold no part of a string, which these tell in 1 us.
+        touches = text.endswith(starts) or text.startswith(ends) or any(text in stop or stop in text for stop in stops)
+        if touches and token < vocab_size:
             token_class[token] = rows.setdefault(_row(text, stops, N, longest), len(rows))
     C = _power_of_two(len(rows), SMALLEST_CLASSES)
     tables = np.zeros((C, 2, N, longest + 1), bool)
@@ -81,12 +85,6 @@ def _make_tables(tokenizer: Any, size: int, strings: tuple[str, ...], vocab_size
         length[index] = size
         tables[index] = np.frombuffer(row, bool).reshape(tables.shape[1:])
     return StopStrings(*jax.device_put((token_class, length, tables[:, 0], tables[:, 1])))
-
-
-def _touches(text: bytes, stop: bytes) -> bool:
-    """Whether a token can hold a part of the string: most hold none, and this is quick."""
-    inside = text in stop or stop in text
-    return inside or any(text.endswith(stop[:i]) or text.startswith(stop[-i:]) for i in range(1, len(stop)))
 
 
 def _row(text: bytes, stops: list[bytes], N: int, longest: int) -> tuple[int, bytes]:

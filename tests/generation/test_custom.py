@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.generation.test_generate import EOS, counted_compilations, models
-from tests.reference import close, padded_mask, random_ids, th, torch
+from tests.generation.test_generate import EOS, models
+from tests.reference import close, counted_compilations, padded_mask, random_ids, th, torch
 
 HOST = "ignore:.*called on the host"
 LENGTH = {"max_new_tokens": 12, "eos_token_id": EOS, "pad_token_id": 3}
@@ -74,16 +74,16 @@ def test_traced_ones_never_compile_twice_nor_warn(rng, pair_of_models):
             return jnp.roll(scores, 3, axis=1) + cur_len
 
     scale = Scale()
-    for processor in (traced, scale, jax.jit(traced)):
-        mine.generate(random_ids(rng, (2, 5)), logits_processor=[processor], max_new_tokens=6)
+    for processor, tokens in ((traced, 6), (scale, 1), (jax.jit(traced), 1)):
+        mine.generate(random_ids(rng, (3, 5)), logits_processor=[processor], max_new_tokens=tokens)
         with counted_compilations() as compiled:
-            mine.generate(random_ids(rng, (2, 9)), logits_processor=[processor], max_new_tokens=9)
+            mine.generate(random_ids(rng, (3, 9)), logits_processor=[processor], max_new_tokens=tokens)
         assert not compiled
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scale, "__hash__", object.__hash__)
-        mine.generate(random_ids(rng, (2, 5)), logits_processor=[scale.shift], max_new_tokens=6)
+        mine.generate(random_ids(rng, (3, 5)), logits_processor=[scale.shift], max_new_tokens=1)
         with counted_compilations() as compiled:
-            mine.generate(random_ids(rng, (2, 5)), logits_processor=[scale.shift], max_new_tokens=6)
+            mine.generate(random_ids(rng, (3, 5)), logits_processor=[scale.shift], max_new_tokens=1)
         assert not compiled
 
 

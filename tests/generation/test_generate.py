@@ -295,7 +295,7 @@ def test_the_cache_is_updated_in_place(tiny_models):
     options = resolve(GenerationConfig(), None, {"max_new_tokens": 8}, input_length=6, max_position_embeddings=2048)
     request = inputs.Inputs(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
     keep = {"keep_scores": False, "keep_logits": False}
-    choice = decoding.make_choice(request, options, decoding.Control(Stopping()), 1, 331)
+    choice = decoding.make_choice(request, options, 1, 331, decoding.Control(Stopping()))
     prompt = inputs.make_prompt(request, 32, 2048)
     state, _ = loop.prefill(
         mine.module, mine.params, prompt, choice, None, capacity=2048, copies=1, cache_dtype=np.dtype("float32"), **keep

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flaxqwen.generation.stop_strings import stop_strings_of
-from tests.generation.test_generate import counted_compilations, models
-from tests.reference import padded_mask, random_ids, th, torch
+from tests.generation.test_generate import models
+from tests.reference import counted_compilations, padded_mask, random_ids, th, torch
 
 HOST = "ignore:.*called on the host"
 # Two letters, so that strings come about often, in tokens of one to three.
