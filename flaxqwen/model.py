@@ -22,8 +22,10 @@ from flaxqwen.cache import KVCache, grow_cache
 from flaxqwen.config import PretrainedConfig
 from flaxqwen.convert import save_params
 from flaxqwen.generation.config import GenerationConfig
-from flaxqwen.generation.generate import generate
+from flaxqwen.generation.generate import generate, stream
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, bucket, check_token_ids
+from flaxqwen.generation.outputs import compute_transition_scores
+from flaxqwen.generation.streamers import Stream
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 
 Params = dict[str, Any]
@@ -84,15 +86,32 @@ class Model:
         _check_tokens(arrays, self.config)
         return _forward(self.module, self.params, _fit(arrays), tuple(sorted(static.items())))
 
-    def generate(self, inputs: Any = None, generation_config: Any = None, **options: Any) -> Any:
+    def generate(self, inputs: Any = None, generation_config: Any = None, *arguments: Any, **options: Any) -> Any:
         """Continue prompts; see flaxqwen.generation.generate.
 
         Raises:
           TypeError: the model has no language-model head.
         """
+        return generate(self._causal_lm(), inputs, generation_config, *arguments, **options)
+
+    def stream(self, inputs: Any = None, generation_config: Any = None, *arguments: Any, **options: Any) -> Stream[Any]:
+        """The pieces of generate(), read while they come by `for` or `async for`; see flaxqwen.generation.stream.
+
+        Raises:
+          TypeError: the model has no language-model head.
+        """
+        return stream(self._causal_lm(), inputs, generation_config, *arguments, **options)
+
+    def compute_transition_scores(
+        self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
+    ) -> np.ndarray:
+        """The score of each token that generate() chose; see flaxqwen.generation.compute_transition_scores."""
+        return compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+    def _causal_lm(self) -> CausalLM:
         if not self.can_generate():
             raise TypeError(f"{type(self.module).__name__} has no language-model head: load it by AutoModelForCausalLM")
-        return generate(cast(CausalLM, self), inputs, generation_config, **options)
+        return cast(CausalLM, self)
 
     def save_pretrained(
         self,

@@ -6,9 +6,12 @@ import importlib
 from typing import Any
 
 _PROCESSORS = "flaxqwen.generation.processors"
+_OUTPUTS = "flaxqwen.generation.outputs"
 
 # Public name -> where it lives. Imported on first use, as in flaxqwen itself.
 _HOMES = {
+    "GenerateDecoderOnlyOutput": _OUTPUTS,
+    "compute_transition_scores": _OUTPUTS,
     "EncoderNoRepeatNGramLogitsProcessor": _PROCESSORS,
     "EncoderRepetitionPenaltyLogitsProcessor": _PROCESSORS,
     "EpsilonLogitsWarper": _PROCESSORS,

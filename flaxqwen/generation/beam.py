@@ -23,7 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxqwen.cache import KVCache, repeat_cache
 from flaxqwen.generation.config import ResolvedConfig
-from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, make_choice, start
+from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, Control, make_choice, start
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform
 from flaxqwen.generation.loop import Params, Prompt, run_model, run_prompt
 from flaxqwen.generation.sampling import TokenChoice, process
@@ -145,7 +145,9 @@ def prefill(
 
     copies: M, or 1 where the prompts' rows have been repeated already.
     """
-    rows, logits = run_prompt(module, params, prompt, cache, capacity=capacity, cache_dtype=cache_dtype, copies=copies)
+    rows, logits, _ = run_prompt(
+        module, params, prompt, cache, capacity=capacity, cache_dtype=cache_dtype, copies=copies
+    )
     M = choice.beams
     sequences = rows.input_ids.reshape(-1, M, rows.input_ids.shape[1])
     B = len(sequences)
@@ -183,10 +185,11 @@ def decode(
         # Ties the weights to the carry, as in loop.decode.
         weights, state = jax.lax.optimization_barrier((params, state))
         newest = jax.lax.dynamic_slice_in_dim(state.running.sequences, state.cur_len - 1, 1, axis=2)
-        logits, cache = run_model(
+        logits, cache, _states = run_model(
             module,
             weights,
             newest.reshape(-1, 1),
+            (),
             attention_mask=state.slot_mask,
             position_ids=state.position[:, None],
             past_key_values=state.cache,
@@ -206,7 +209,7 @@ def _advance(
     logits = logits.astype(jnp.float32)
     B, M, W = state.running.sequences.shape
     sequences = state.running.sequences.reshape(B * M, W)
-    scores = process(choice.token, sequences, jax.nn.log_softmax(logits), state.cur_len)
+    scores = process(choice.token.processors, sequences, jax.nn.log_softmax(logits), state.cur_len)
     found, counts = _continue(state, choice, scores)
     running = _best(found.replace(scores=found.scores + jnp.where(found.ended, EXCLUDED, 0.0)), M)
     finished = _finish(state, choice, found)
@@ -349,18 +352,39 @@ def _reorder(cache: KVCache, parents: jax.Array, prompt_length: ArrayLike) -> KV
     return cache.replace(layers=jax.lax.fori_loop(first, last, move, cache.layers))
 
 
+def check_beams(options: ResolvedConfig, request: Inputs, control: Control, streams: bool) -> None:
+    """ValueError for what cannot go with beams: it would have to know which tokens stand before the end.
+
+    Transformers refuses a streamer too, but takes the others.
+    """
+    stopping = control.stopping
+    asked = {
+        "a streamer": streams,
+        "stopping_criteria, stop_strings and max_time": stopping.traced
+        or stopping.host
+        or stopping.seconds is not None,
+        "prefix_allowed_tokens_fn, and a logits_processor called on the host,": control.processes_on_host,
+        "output_attentions and output_hidden_states": options.output_attentions or options.output_hidden_states,
+        "inputs_embeds": request.embeds is not None,
+    }
+    found = [name for name, present in asked.items() if present]
+    if found:
+        raise ValueError(f"{'; '.join(found)} cannot be used with num_beams={options.num_beams}; use num_beams=1")
+
+
 def search(
-    model: CausalLM, request: Inputs, options: ResolvedConfig, cache: KVCache | None = None
+    model: CausalLM, request: Inputs, options: ResolvedConfig, control: Control, cache: KVCache | None = None
 ) -> GenerateBeamDecoderOnlyOutput:
     """Beam search, or with do_sample beam sampling: dispatch programs until one says that the search is over.
 
     Args:
       request: the prompts.
       options: num_beams and the rest.
+      control: what check_beams lets pass: processors that are traced.
       cache: of a beginning of the prompts; it is donated.
     """
     steps, ahead = CHUNK.get(platform(model.params), DEFAULT_CHUNK)
-    choice = make_beam_choice(request, options, model.config.vocab_size)
+    choice = make_beam_choice(request, options, control, model.config.vocab_size)
     length, copies = request.input_ids.shape[1], options.num_beams
     if cache is not None:  # the rows must part before the rest of the prompt is run: the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
@@ -380,11 +404,11 @@ def search(
     return _result(state, jax.tree.map(lambda *a: np.concatenate(a), *outputs), options, length)
 
 
-def make_beam_choice(request: Inputs, options: ResolvedConfig, vocab_size: int) -> BeamChoice:
+def make_beam_choice(request: Inputs, options: ResolvedConfig, control: Control, vocab_size: int) -> BeamChoice:
     """The options in the program's terms."""
     M, ends = options.num_beams, max(len(options.eos_token_id), 1)
     return BeamChoice(
-        token=make_choice(request, options, M, vocab_size),
+        token=make_choice(request, options, M, vocab_size, control),
         prompt_length=np.int32(request.input_ids.shape[1]),
         max_length=np.int32(options.max_length),
         kept=np.int32((1 + ends) * M),

@@ -24,16 +24,12 @@ DEFAULT_NEW_TOKENS = 20  # where nobody set a length
 # To support an option, delete its row. Options that act only with a draft model (num_assistant_tokens, ...)
 # need no row while that is refused.
 NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
-    "max_time": (None,),
-    "stop_strings": (None,),
     "cache_implementation": (None, "dynamic", "static", "sliding_window", "hybrid", "hybrid_chunked"),
     "cache_config": (None,),
     "max_cache_len": (None,),
     "prefill_chunk_size": (None,),
     "token_healing": (None, False),
     "guidance_scale": (None, 1.0),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
     "is_assistant": (None, False),
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
@@ -322,6 +318,8 @@ class ResolvedConfig(GenerationConfig):
     encoder_no_repeat_ngram_size: int = 0
     remove_invalid_values: bool = False
     num_return_sequences: int = 1
+    output_attentions: bool
+    output_hidden_states: bool
     output_scores: bool = False
     output_logits: bool
     return_dict_in_generate: bool = False
@@ -408,7 +406,7 @@ def resolve(
         values |= {name: OFF.get(name) for name in SAMPLING}
     for name in ("top_p", "typical_p"):
         values[name] = min(values[name], 1.0)
-    for name in ("output_scores", "output_logits"):
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         values[name] = bool(values[name] and given.return_dict_in_generate)
     eos = _ids(given.eos_token_id)
     values["eos_token_id"] = tuple(token for token in eos if token >= 0)  # -1 is a way to say "none"

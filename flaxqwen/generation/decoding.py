@@ -5,8 +5,10 @@ Axes: B batch (prompts), n new tokens.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,8 +16,10 @@ import jax
 import numpy as np
 
 from flaxqwen.cache import KVCache, grow_cache, repeat_cache
-from flaxqwen.generation import loop
+from flaxqwen.generation import host, loop
+from flaxqwen.generation.callables import HostCall
 from flaxqwen.generation.config import ResolvedConfig
+from flaxqwen.generation.host import AllowedTokens
 from flaxqwen.generation.inputs import (
     SMALLEST_CACHE,
     SMALLEST_PROMPT,
@@ -26,17 +30,61 @@ from flaxqwen.generation.inputs import (
     make_prompt,
     platform,
 )
-from flaxqwen.generation.processors import build_processors, pad_ids
+from flaxqwen.generation.processors import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    MinLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    build_processors,
+    pad_ids,
+)
 from flaxqwen.generation.sampling import TokenChoice
+from flaxqwen.generation.stopping import HostCriteria, Stopping
 
 # (steps per program, programs dispatched before the first is read). On a CPU the host is the device: nothing is won by
 # running ahead, and up to a program's steps are lost at the end of a sequence.
 CHUNK = {"cpu": (4, 0)}
 DEFAULT_CHUNK = (32, 1)
 
+# The processors of options that act before prefix_allowed_tokens_fn.
+BEFORE_ALLOWED = (
+    SequenceBiasLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    EncoderNoRepeatNGramLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    MinLengthLogitsProcessor,
+)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a call asks for besides its options, checked: a user's own processors, and what ends the rows.
+
+    processors: to act before the warpers. allowed: of prefix_allowed_tokens_fn.
+    """
+
+    stopping: Stopping
+    processors: tuple[Any, ...] = ()
+    allowed: AllowedTokens | None = None
+
+    @property
+    def processes_on_host(self) -> bool:
+        """Whether scores pass through the host at every step."""
+        return self.allowed is not None or any(isinstance(call, HostCall) for call in self.processors)
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether the host is asked at every step."""
+        return self.processes_on_host or bool(self.stopping.host)
+
 
 def run(
-    model: CausalLM, request: Inputs, options: ResolvedConfig, cache: KVCache | None = None
+    model: CausalLM, request: Inputs, options: ResolvedConfig, control: Control, cache: KVCache | None = None
 ) -> Iterator[tuple[loop.StepOutput, KVCache]]:
     """The host's part of the loop: dispatch programs, read their results one program late, stop in time.
 
@@ -44,15 +92,18 @@ def run(
       StepOutput of numpy arrays, [steps, B, ...], cut at the step that ends the last row, and the cache, which is valid
       only with the last yield.
     """
-    steps, ahead = CHUNK.get(platform(model.params), DEFAULT_CHUNK)
+    begun, stopping = time.monotonic(), control.stopping
+    programs = host if control.processes_on_host else loop
+    steps, ahead = (1, 0) if control.stepwise else CHUNK.get(platform(model.params), DEFAULT_CHUNK)
     copies = options.num_return_sequences
     if cache is not None and copies > 1:  # the rows must part before the shared prompt is run: the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
-    choice = make_choice(request, options, copies, model.config.vocab_size)
-    keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
+    choice = make_choice(request, options, copies, model.config.vocab_size, control)
+    keep = kept(options)
+    ask = HostCriteria(stopping.host, request.repeat(copies).input_ids, options.max_new_tokens, options.output_scores)
     room = options.max_new_tokens + steps
-    state, output = start(loop.prefill, model, request, choice, cache, room, copies=copies, **keep)
-    length, capacity = request.input_ids.shape[1], state.cache.capacity
+    state, output = start(programs.prefill, model, request, choice, cache, room, copies=copies, **keep)
+    length, capacity = request.length, state.cache.capacity
     queue = deque([output])
     dispatched, done = 1, 0
     finished = np.zeros(len(request.input_ids) * copies, bool)
@@ -60,17 +111,19 @@ def run(
         while dispatched < options.max_new_tokens and len(queue) <= ahead:
             bound = min(bucket(length + dispatched + steps, SMALLEST_CACHE), capacity)
             state = state.replace(cache=state.cache.replace(bound=bound))
-            state, output = loop.decode(model.module, model.params, state, choice, steps=steps, **keep)
+            state, output = programs.decode(model.module, model.params, state, choice, steps=steps, **keep)
             queue.append(output)
             dispatched += steps
-        output = jax.device_get(queue.popleft())
-        count, finished = count_steps(output.tokens[: options.max_new_tokens - done], finished, options.eos_token_id)
-        done += count
+        output = cut(jax.device_get(queue.popleft()), options.max_new_tokens - done)
+        done += len(output.tokens)
+        if stopping.host:
+            ended = ask(output.tokens[0], None if output.scores is None else output.scores[0])
+            output = output.replace(finished=output.finished | ended)
+            state = state.replace(finished=output.finished[-1])
+        late = stopping.seconds is not None and time.monotonic() - begun > stopping.seconds
+        finished = output.finished[-1] | late
         lengths = np.full(finished.shape, length + done - 1, np.int32)
-        yield (
-            jax.tree.map(partial(_first, count), output),
-            state.cache.replace(length=lengths, bound=None),
-        )
+        yield output, state.cache.replace(length=lengths, bound=None)
 
 
 def start(
@@ -88,7 +141,7 @@ def start(
       prefill: loop.prefill, or that of another way of decoding; `choice` and `static` are what it takes.
       cache: is made to have room for `room` tokens more.
     """
-    tokens = bucket(request.input_ids.shape[1] - request.cached, SMALLEST_PROMPT)
+    tokens = bucket(request.length - request.cached, SMALLEST_PROMPT)
     # The padding of a bucket is written too.
     capacity = bucket(request.cached + tokens + room, SMALLEST_CACHE)
     if cache is not None:
@@ -107,22 +160,37 @@ def start(
     )
 
 
-def _first(count: int, array: np.ndarray) -> np.ndarray:
-    return array[:count]
+def kept(options: ResolvedConfig) -> dict[str, Any]:
+    """What the programs give besides tokens, as their arguments."""
+    states = tuple(name for name in loop.STATES if getattr(options, f"output_{name}"))
+    return {"keep_scores": options.output_scores, "keep_logits": options.output_logits, "keep_states": states}
 
 
-def count_steps(tokens: np.ndarray, finished: np.ndarray, eos_ids: tuple[int, ...]) -> tuple[int, np.ndarray]:
-    """How many of the steps [steps, B] are needed to end every row, and which rows [B] have ended after them."""
-    for step, row_tokens in enumerate(tokens):
-        finished = finished | np.isin(row_tokens, eos_ids)
-        if finished.all():
-            return step + 1, finished
-    return len(tokens), finished
+def cut(output: Any, most: int) -> Any:
+    """The first steps of an output of numpy arrays: those that it takes to end every row, and not more than `most`."""
+    ended = output.finished[:most].all(axis=1)
+    count = int(ended.argmax()) + 1 if ended.any() else len(ended)
+    return jax.tree.map(lambda a: a[:count], output)
 
 
-def make_choice(request: Inputs, options: ResolvedConfig, copies: int, vocab_size: int) -> TokenChoice:
-    """The processors that the options ask for, and the draw."""
-    processors = build_processors(options, request.input_ids, request.attention_mask, copies, vocab_size)
+def make_choice(
+    request: Inputs, options: ResolvedConfig, copies: int, vocab_size: int, control: Control
+) -> TokenChoice:
+    """The processors that are asked for, the draw, and what ends a row."""
+    mask = request.attention_mask[:, : request.input_ids.shape[1]]
+    build = partial(build_processors, options, request.input_ids, mask, copies, vocab_size)
+    processors: tuple[Any, ...] = build(custom=control.processors)
+    if control.allowed is not None:
+        place = sum(isinstance(processor, BEFORE_ALLOWED) for processor in build())
+        processors = (*processors[:place], control.allowed, *processors[place:])
     seed = np.random.randint(2**32, dtype=np.uint32) if options.seed is None else np.uint32(options.seed)
     pad = 0 if options.pad_token_id is None else options.pad_token_id
-    return TokenChoice(processors, pad_ids(options.eos_token_id), np.int32(pad), seed, options.do_sample)
+    stopping = control.stopping
+    return TokenChoice(
+        processors=processors,
+        eos_ids=pad_ids(stopping.eos_token_id),
+        pad_id=np.int32(pad if stopping.fills else -1),
+        seed=seed,
+        criteria=stopping.traced,
+        do_sample=options.do_sample,
+    )

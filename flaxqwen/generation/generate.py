@@ -8,65 +8,80 @@ Axes: B batch (prompts), P columns of the prompts, T new prompt tokens, S cache 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import flax.struct
 import numpy as np
 from jax.typing import ArrayLike
 
 from flaxqwen.cache import KVCache
 from flaxqwen.generation import loop
-from flaxqwen.generation.beam import GenerateBeamDecoderOnlyOutput, search
-from flaxqwen.generation.config import GenerationConfig, resolve
-from flaxqwen.generation.decoding import run
-from flaxqwen.generation.inputs import CausalLM, Inputs, cached_length, check_attention_mask, check_input_ids
-from flaxqwen.models.outputs import ModelOutput
+from flaxqwen.generation.beam import GenerateBeamDecoderOnlyOutput, check_beams, search
+from flaxqwen.generation.callables import HostCall, check_scores, wrap
+from flaxqwen.generation.config import GenerationConfig, ResolvedConfig, resolve
+from flaxqwen.generation.custom import own_arguments, run_custom
+from flaxqwen.generation.decoding import Control, run
+from flaxqwen.generation.host import AllowedTokens
+from flaxqwen.generation.inputs import (
+    CausalLM,
+    Inputs,
+    cached_length,
+    check_attention_mask,
+    check_embeds,
+    check_input_ids,
+)
+from flaxqwen.generation.outputs import GenerateDecoderOnlyOutput
+from flaxqwen.generation.stopping import make_stopping
+from flaxqwen.generation.streamers import Stream, Streamer, text_pieces
 
-
-class Streamer(Protocol):
-    """What streams: Transformers' TextStreamer, TextIteratorStreamer and the like work as they are."""
-
-    def put(self, value: np.ndarray) -> None:
-        """First the prompts [B, P], then the tokens of each step [B]."""
-
-    def end(self) -> None:
-        """Generation is over."""
-
-
-class GenerateDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):
-    """Transformers' output of return_dict_in_generate.
-
-    sequences: [B, P + n] int32, prompts included. scores, logits: n of [B, V] float32, processed and raw, if asked for.
-    past_key_values: the cache of all tokens but the last, to be given to another generate().
-    """
-
-    sequences: np.ndarray
-    scores: tuple[np.ndarray, ...] | None = None
-    logits: tuple[np.ndarray, ...] | None = None
-    past_key_values: KVCache | None = None
+# generate()'s own arguments, to recognise a misspelt one.
+ARGUMENTS = (
+    "inputs", "input_ids", "attention_mask", "past_key_values", "generation_config", "logits_processor",
+    "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer", "inputs_embeds",
+    "custom_generate",
+)  # fmt: skip
 
 
 def generate(
     model: CausalLM,
     inputs: ArrayLike | None = None,
     generation_config: GenerationConfig | Mapping[str, Any] | Any | None = None,
+    logits_processor: Sequence[Callable[..., Any]] | None = None,
+    stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None,
+    synced_gpus: bool | None = None,
     *,
     input_ids: ArrayLike | None = None,
     attention_mask: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
+    inputs_embeds: ArrayLike | None = None,
     streamer: Streamer | None = None,
+    tokenizer: Any = None,
+    custom_generate: Callable[..., Any] | None = None,
     **options: Any,
 ) -> np.ndarray | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
     """Continue prompts, as `GenerationMixin.generate` in transformers/generation/utils.py.
 
+    A processor or criterion of the user's is compiled into the loop if it is written in jnp and takes `cur_len`, as
+    (input_ids, scores, cur_len): input_ids [B, S] int32, of which the first cur_len columns count, and scores [B, V]
+    float32, the newest. One that takes (input_ids, scores) is, too, if it looks at scores alone. All others are called
+    on the host at every step, as Transformers calls them, with numpy arrays or torch tensors; a warning says so.
+
     Args:
       inputs, input_ids: [B, P] int, one or the other. None: the bos token, if the config has one.
       generation_config: ours, a dict, or a Transformers GenerationConfig; default: the model's.
+      logits_processor: callables -> scores [B, V], in order, before temperature and the other warpers.
+      stopping_criteria: callables -> bool, or [B] of them; each ends the rows for which it holds, besides all else.
+      prefix_allowed_tokens_fn: (row, its tokens so far) -> the ids that may follow; called on the host at every step.
+      synced_gpus: without effect: all devices run one program.
       attention_mask: [B, P] of 0 and 1; default: as Transformers infers it from the pad token, where it can.
       past_key_values: the cache of an earlier generate() or forward over a beginning of input_ids; only the rest is
         run. It is donated: use the one in the result from then on.
+      inputs_embeds: [B, P, D], the prompts as embeddings; without input_ids only new tokens are returned.
       streamer: gets the prompts, then the tokens of each step; not with beams.
+      tokenizer: of the model, for stop_strings.
+      custom_generate: a decoding loop of the user's; see custom.run_custom.
       options: any field of GenerationConfig, over generation_config. `seed` seeds the draws (default: drawn from
         numpy's global generator, which transformers.set_seed seeds). The draws are not torch's; the distribution is.
 
@@ -79,39 +94,27 @@ def generate(
       ValueError: what Transformers refuses (config.resolve), and prompts that are empty, out of the vocabulary or
         longer than the context, before anything compiles.
     """
-    ids = _one_of(inputs, input_ids)
-    if ids is None:
-        ids = _bos_prompt(model, generation_config, options)
-    ids = check_input_ids(ids, model.config)
-    resolved = resolve(
-        model.generation_config,
-        generation_config,
-        options,
-        input_length=ids.shape[1],
-        max_position_embeddings=model.config.max_position_embeddings,
-        arguments=("inputs", "input_ids", "attention_mask", "past_key_values", "generation_config"),
-    )
-    if streamer is not None and resolved.num_beams > 1:
-        raise ValueError("streamer cannot be used with num_beams > 1: which tokens stand is known at the end only")
-    mask = check_attention_mask(attention_mask, ids, resolved)
-    request = Inputs(ids, mask, cached_length(past_key_values, ids))
-    total = resolved.max_length
-    if total > model.config.max_position_embeddings:
-        warnings.warn(
-            f"prompt and new tokens come to {total}, past the context of {model.config.max_position_embeddings} "
-            "that the model was trained for",
-            stacklevel=2,
-        )
+    own = own_arguments(custom_generate, options)
+    call = prepare(
+        model, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus,
+        input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds, tokenizer=tokenizer, **options,
+    )  # fmt: skip
+    if custom_generate is not None:
+        return run_custom(
+            custom_generate, model, call.request, call.options, call.control, past_key_values=past_key_values,
+            streamer=streamer, tokenizer=tokenizer, **own,
+        )  # fmt: skip
+    resolved, prompts = call.options, call.prompts
     if resolved.num_beams > 1:
-        beams = search(model, request, resolved, past_key_values)
+        check_beams(resolved, call.request, call.control, streamer is not None)
+        beams = search(model, call.request, resolved, call.control, past_key_values)
         return beams if resolved.return_dict_in_generate else beams.sequences
-    copies = resolved.num_return_sequences
-    prompts = np.repeat(ids, copies, axis=0)
     if streamer is not None:
         streamer.put(prompts)
     steps: list[loop.StepOutput] = []
     cache: KVCache | None = None
-    for output, cache in run(model, request, resolved, past_key_values):  # noqa: B007 (the last cache is the result's)
+    for output, cache in call.run():  # noqa: B007 (the last cache is the result's)
         steps.append(output)
         if streamer is not None:
             for tokens in output.tokens:
@@ -126,8 +129,147 @@ def generate(
         sequences=sequences,
         scores=tuple(s for o in steps if o.scores is not None for s in o.scores) if resolved.output_scores else None,
         logits=tuple(s for o in steps if o.logits is not None for s in o.logits) if resolved.output_logits else None,
+        **{name: tuple(layer_states(steps, name, call.request)) for name in loop.STATES if getattr(steps[0], name)},
         past_key_values=cache if resolved.use_cache else None,
     )
+
+
+def stream(model: CausalLM, *inputs: Any, tokenizer: Any = None, **arguments: Any) -> Stream[Any]:
+    """Continue prompts, and read the new tokens while they come: `for piece in stream(...)`, or `async for`.
+
+    Args:
+      tokenizer: of the model, to get text. Also for stop_strings.
+      inputs, arguments: as of generate(), but for a streamer.
+
+    Returns:
+      An iterator over steps, of tokens [B] int32, finished rows filled with the pad token. With a tokenizer it gives
+      the new text in whole characters, without special tokens: a string, or a list of one for each of several rows.
+      Leaving it ends the generation and frees its memory.
+
+    Raises:
+      ValueError: as generate(), at once.
+    """
+    call = prepare(model, *inputs, tokenizer=tokenizer, **arguments)
+    if call.options.num_beams > 1:
+        check_beams(call.options, call.request, call.control, streams=True)
+    return Stream(token_pieces(call) if tokenizer is None else text_pieces(call.steps(), tokenizer))
+
+
+def token_pieces(call: Call) -> Generator[np.ndarray, None, None]:
+    """The tokens [B] of each step."""
+    for tokens, _ in call.steps():
+        yield tokens
+
+
+def layer_states(outputs: list[Any], name: str, request: Inputs) -> Iterator[tuple[np.ndarray, ...]]:
+    """The attentions or hidden states of each step, for each layer, without what padding and later slots hold."""
+    tokens, slots = request.length - request.cached, request.length
+    for output in outputs:
+        for step in range(len(output.tokens)):
+            layers = (layer[step] for layer in getattr(output, name))
+            seen = (..., slice(tokens), slice(slots)) if name == "attentions" else (slice(None), slice(tokens))
+            yield tuple(np.asarray(layer[seen]) for layer in layers)
+            tokens, slots = 1, slots + 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of generate() with its arguments checked; nothing has been compiled or run."""
+
+    model: CausalLM
+    request: Inputs
+    options: ResolvedConfig
+    control: Control
+    cache: KVCache | None
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """[B x num_return_sequences, P] int32."""
+        return self.request.repeat(self.options.num_return_sequences).input_ids
+
+    def run(self) -> Iterator[tuple[loop.StepOutput, KVCache]]:
+        """See decoding.run."""
+        return run(self.model, self.request, self.options, self.control, self.cache)
+
+    def steps(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The tokens [B] of each step, and which rows [B] had ended before it."""
+        ended = np.zeros(len(self.prompts), bool)
+        for output, _ in self.run():
+            for tokens, after in zip(output.tokens, output.finished, strict=True):
+                yield tokens, ended
+                ended = after
+
+
+def prepare(
+    model: CausalLM,
+    inputs: ArrayLike | None = None,
+    generation_config: Any = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    prefix_allowed_tokens_fn: Any = None,
+    synced_gpus: bool | None = None,  # all devices run one program
+    *,
+    input_ids: ArrayLike | None = None,
+    attention_mask: ArrayLike | None = None,
+    past_key_values: KVCache | None = None,
+    inputs_embeds: ArrayLike | None = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Call:
+    """Check the arguments of generate(), and bring them into the loop's form. Raises ValueError."""
+    ids = _one_of(inputs, input_ids)
+    if ids is None and inputs_embeds is None:
+        ids = _bos_prompt(model, generation_config, options)
+    ids = None if ids is None else check_input_ids(ids, model.config)
+    embeds = None if inputs_embeds is None else check_embeds(inputs_embeds, ids, model.config)
+    shape = (ids if embeds is None else embeds).shape[:2]  # type: ignore[union-attr]
+    resolved = resolve(
+        model.generation_config,
+        generation_config,
+        options,
+        input_length=shape[1],
+        max_position_embeddings=model.config.max_position_embeddings,
+        arguments=ARGUMENTS,
+    )
+    if ids is None:
+        ids, resolved = np.zeros((shape[0], 0), np.int32), _without_ids(resolved)
+    mask = check_attention_mask(attention_mask, ids, resolved, shape)
+    if embeds is not None and past_key_values is not None:
+        raise ValueError("inputs_embeds cannot go with past_key_values: the cache is matched by token ids")
+    request = Inputs(ids, mask, cached_length(past_key_values, ids), embeds)
+    rows, vocab_size = len(ids) * resolved.num_return_sequences, model.config.vocab_size
+    processors = wrap("logits_processor", logits_processor, rows, vocab_size, check_scores)
+    stopping, resolved = make_stopping(resolved, stopping_criteria, tokenizer, rows, vocab_size)
+    if prefix_allowed_tokens_fn is not None and not callable(prefix_allowed_tokens_fn):
+        raise ValueError(f"prefix_allowed_tokens_fn must be callable, found {prefix_allowed_tokens_fn!r}")
+    allowed = None if prefix_allowed_tokens_fn is None else AllowedTokens(prefix_allowed_tokens_fn)
+    control = Control(stopping, processors, allowed)
+    _warn(resolved.max_length, model.config.max_position_embeddings, control)
+    return Call(model, request, resolved, control, past_key_values)
+
+
+def _without_ids(options: ResolvedConfig) -> ResolvedConfig:
+    """The options where prompts are embeddings alone: what is returned, counted and looked at are the new tokens."""
+    if options.encoder_repetition_penalty != 1.0 or options.encoder_no_repeat_ngram_size > 0:
+        warnings.warn("the encoder_ options look at the prompt's input_ids: without them they do nothing", stacklevel=5)
+    return replace(options, max_length=options.max_new_tokens, min_length=options.min_new_tokens)
+
+
+def _warn(total: int, context: int, control: Control) -> None:
+    """Say what is likely not meant: a text past the context, and callables that slow each step down."""
+    if total > context:
+        warnings.warn(
+            f"prompt and new tokens come to {total}, past the context of {context} that the model was trained for",
+            stacklevel=4,
+        )
+    called = (control.allowed, *control.processors, *control.stopping.host)
+    slow = dict.fromkeys(call.name for call in called if isinstance(call, HostCall))
+    if slow:
+        warnings.warn(
+            f"{', '.join(slow)}: called on the host at every step, so each token waits for a round trip to the device; "
+            "what is written in jnp and takes (input_ids, scores, cur_len) is compiled into the loop instead",
+            stacklevel=4,
+        )
 
 
 def _one_of(inputs: ArrayLike | None, input_ids: ArrayLike | None) -> ArrayLike | None:

@@ -39,11 +39,21 @@ class CausalLM(Protocol):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Checked prompts: input_ids [B, P] int32, attention_mask [B, P] bool, and how many columns the cache holds."""
+    """Checked prompts.
+
+    input_ids: [B, P] int32; [B, 0] where the prompts are embeddings alone.
+    attention_mask: [B, P] bool. cached: how many columns the cache holds. embeds: [B, P, D] float32, or None.
+    """
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
     cached: int = 0
+    embeds: np.ndarray | None = None
+
+    @property
+    def length(self) -> int:
+        """P: tokens of each prompt, padding included."""
+        return self.attention_mask.shape[1]
 
     @property
     def padded(self) -> bool:
@@ -52,8 +62,9 @@ class Inputs:
 
     def repeat(self, copies: int) -> Inputs:
         """Each row `copies` times, next to itself."""
-        ids, mask = (np.repeat(a, copies, axis=0) for a in (self.input_ids, self.attention_mask))
-        return Inputs(ids, mask, self.cached)
+        arrays = (self.input_ids, self.attention_mask, self.embeds)
+        ids, mask, embeds = jax.tree.map(lambda a: np.repeat(a, copies, axis=0), arrays)
+        return Inputs(ids, mask, self.cached, embeds)
 
 
 def bucket(n: int, smallest: int) -> int:
@@ -65,21 +76,20 @@ def bucket(n: int, smallest: int) -> int:
 
 def make_prompt(request: Inputs, tokens: int, capacity: int) -> loop.Prompt:
     """The columns that the cache does not hold yet, padded on the right to `tokens`; buffers of `capacity` columns."""
-    ids, mask = request.input_ids, request.attention_mask
-    length = ids.shape[1]
+    ids, mask, length = request.input_ids, request.attention_mask, request.length
     positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
     new = slice(request.cached, length)
 
     def fill(values: np.ndarray, width: int, value: int = 0) -> np.ndarray:
-        padding = ((0, 0), (0, width - values.shape[1]))
-        return np.pad(values, padding, constant_values=value)
+        padding = ((0, 0), (0, width - values.shape[1]), (0, 0))
+        return np.pad(values, padding[: values.ndim], constant_values=value)
 
     return loop.Prompt(
-        tokens=fill(ids[:, new], tokens),
+        tokens=fill((ids if request.embeds is None else request.embeds)[:, new], tokens),
         position_ids=fill(positions[:, new].astype(np.int32), tokens),
         slot_mask=fill(mask, capacity, True) if request.padded else None,
         input_ids=fill(ids, capacity),
-        cur_len=np.int32(length),
+        cur_len=np.int32(ids.shape[1]),
         last=np.int32(length - request.cached - 1),
     )
 
@@ -101,6 +111,18 @@ def check_input_ids(ids: ArrayLike, config: Qwen2Config) -> np.ndarray:
     return array.astype(np.int32)
 
 
+def check_embeds(embeds: ArrayLike, ids: np.ndarray | None, config: Qwen2Config) -> np.ndarray:
+    """Prompts as embeddings [B, P, D] float32; ValueError for a shape that fits neither the model nor ids [B, P]."""
+    array = np.asarray(embeds.detach().cpu().float() if hasattr(embeds, "detach") else embeds).astype(np.float32)
+    if array.ndim != 3 or 0 in array.shape or array.shape[2] != config.hidden_size:
+        raise ValueError(f"inputs_embeds has shape {array.shape}; expected [batch, tokens, {config.hidden_size}]")
+    if ids is not None and ids.shape != array.shape[:2]:
+        raise ValueError(f"inputs_embeds is of {array.shape[:2]} tokens, input_ids of {ids.shape}: they are the same")
+    if array.shape[1] > config.context_length:
+        raise ValueError(f"the prompt has {array.shape[1]} tokens, the model's context is {config.context_length}")
+    return array
+
+
 def check_token_ids(ids: ArrayLike, config: Qwen2Config) -> None:
     """ValueError for a token id that the embedding has no row for: XLA would clamp it in silence."""
     array = np.asarray(ids)
@@ -109,18 +131,22 @@ def check_token_ids(ids: ArrayLike, config: Qwen2Config) -> None:
         raise ValueError(f"token id {outside[0]} is out of the vocabulary: expected 0 to {config.vocab_size - 1}")
 
 
-def check_attention_mask(mask: ArrayLike | None, ids: np.ndarray, options: ResolvedConfig) -> np.ndarray:
+def check_attention_mask(
+    mask: ArrayLike | None, ids: np.ndarray, options: ResolvedConfig, shape: tuple[int, ...]
+) -> np.ndarray:
     """The mask as [B, P] bool. None: padding is where the pad token is, if that is no end-of-sequence token too.
+
+    shape: (B, P), that of ids, unless the prompts are embeddings alone.
 
     Source: `_prepare_attention_mask_for_generation` in transformers/generation/utils.py.
     """
     if mask is None:
         pad = options.pad_token_id
         inferred = pad is not None and pad not in options.eos_token_id and (ids == pad).any()
-        return ids != pad if inferred else np.ones(ids.shape, bool)
+        return ids != pad if inferred else np.ones(shape, bool)
     array = np.asarray(mask)
-    if array.shape != ids.shape:
-        raise ValueError(f"attention_mask has shape {array.shape}; expected {ids.shape}, as input_ids")
+    if array.shape != shape:
+        raise ValueError(f"attention_mask has shape {array.shape}; expected {shape}, as the prompts")
     if not np.isin(array, (0, 1)).all():
         raise ValueError("attention_mask has values other than 0 and 1")
     return array.astype(bool)

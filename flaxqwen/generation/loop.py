@@ -3,7 +3,8 @@
 Both are pure: the state goes in, donated, and comes out. Static are the module, the shapes, the number of steps and the
 filled-length bound that attention reads; everything else is traced, so that no value compiles a second time.
 
-Axes: B batch, T prompt tokens (padded to a bucket), S cache capacity, W columns of the sequence buffer, V vocabulary.
+Axes: B batch, T prompt tokens (padded to a bucket), S cache capacity, W columns of the sequence buffer, D model,
+N query heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxqwen.cache import KVCache, init_cache
-from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, process
+from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, process, stopped
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 
 Params = dict[str, Any]
+States = dict[str, tuple[jax.Array, ...]]  # of each layer, by the names of StepOutput
+STATES = ("attentions", "hidden_states")
 
 
 class DecodeState(flax.struct.PyTreeNode):
@@ -32,7 +35,7 @@ class DecodeState(flax.struct.PyTreeNode):
     input_ids: [B, W] int32, the sequences as Transformers lays them out: left-padded prompt, then the new tokens.
     cur_len: int32 scalar, columns of input_ids that are filled.
     position: [B] int32, position id of the newest token.
-    finished: [B] bool, rows that have had an end-of-sequence token.
+    finished: [B] bool, rows that have had an end-of-sequence token, or that a criterion has stopped.
     """
 
     cache: KVCache
@@ -44,17 +47,25 @@ class DecodeState(flax.struct.PyTreeNode):
 
 
 class StepOutput(flax.struct.PyTreeNode):
-    """What steps give the host: tokens [steps, B], and, if asked for, processed scores and raw logits [steps, B, V]."""
+    """What steps give the host.
+
+    tokens: [steps, B] int32. finished: [steps, B] bool, rows that have ended with this token or before.
+    If asked for: scores, logits: [steps, B, V] float32, processed and raw; attentions: [steps, B, N, T, S] of each
+    layer; hidden_states: [steps, B, T, D] of each layer and one more.
+    """
 
     tokens: jax.Array
+    finished: jax.Array
     scores: jax.Array | None = None
     logits: jax.Array | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
 
 
 class Prompt(flax.struct.PyTreeNode):
     """The part of the prompts that the cache does not hold yet, padded on the right to a bucket.
 
-    tokens, position_ids: [B, T] int32.
+    tokens: [B, T] int32, or embeddings [B, T, D]. position_ids: [B, T] int32.
     slot_mask: [B, S] bool over cache slots, or None.
     input_ids: [B, W] int32, the whole sequences so far; cur_len: int32 scalar, their length.
     last: int32 scalar, index into tokens of the last real one.
@@ -70,7 +81,7 @@ class Prompt(flax.struct.PyTreeNode):
 
 @partial(
     jax.jit,
-    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_scores", "keep_logits"),
+    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_scores", "keep_logits", "keep_states"),
     donate_argnames="cache",
 )
 def prefill(
@@ -85,6 +96,7 @@ def prefill(
     copies: int,
     keep_scores: bool,
     keep_logits: bool,
+    keep_states: tuple[str, ...] = (),
 ) -> tuple[DecodeState, StepOutput]:
     """Run the prompts and choose the first token.
 
@@ -94,10 +106,19 @@ def prefill(
       choice: how the token is chosen.
       cache: to continue (donated), or None for a new one of `capacity` slots and of cache_dtype.
       copies: continuations per prompt; the prompt runs once and its cache is repeated.
-      keep_scores, keep_logits: whether StepOutput has them.
+      keep_scores, keep_logits: whether StepOutput has them. keep_states: of "attentions", "hidden_states" likewise.
     """
-    state, logits = run_prompt(module, params, prompt, cache, capacity=capacity, cache_dtype=cache_dtype, copies=copies)
-    state, output = _extend(state, choice, logits, keep_scores, keep_logits)
+    state, logits, states = run_prompt(
+        module,
+        params,
+        prompt,
+        cache,
+        capacity=capacity,
+        cache_dtype=cache_dtype,
+        copies=copies,
+        keep_states=keep_states,
+    )
+    state, output = _extend(state, choice, logits, keep_scores, keep_logits, states)
     return state, jax.tree.map(lambda a: a[None], output)
 
 
@@ -110,18 +131,20 @@ def run_prompt(
     capacity: int,
     cache_dtype: DTypeLike,
     copies: int,
-) -> tuple[DecodeState, jax.Array]:
-    """What prefill does before any token is chosen: the state, and the logits [B x copies, V] of the next token."""
+    keep_states: tuple[str, ...] = (),
+) -> tuple[DecodeState, jax.Array, States]:
+    """The state after the prompts, logits [B, V] of the first token, and states kept. Arguments as of `prefill`."""
     tokens = jnp.asarray(prompt.tokens)
     if cache is None:
         cache = init_cache(module.config, tokens.shape[0], capacity, cache_dtype).replace(bound=tokens.shape[1])
     # Rows are aligned, and stay so: one length for all keeps the writes plain slices.
     cache = cache.replace(length=jnp.max(cache.length))
     start = cache.length
-    logits, cache = run_model(
+    logits, cache, states = run_model(
         module,
         params,
         tokens,
+        keep_states,
         attention_mask=prompt.slot_mask,
         position_ids=prompt.position_ids,
         past_key_values=cache,
@@ -130,15 +153,16 @@ def run_prompt(
     # What was written after the last real token is out of sight, and overwritten step by step.
     cache = cache.replace(length=start + prompt.last + 1)
     position = jnp.asarray(prompt.position_ids)[:, prompt.last]
-    rows = (cache.layers, prompt.slot_mask, prompt.input_ids, position, logits)
-    layers, slot_mask, input_ids, position, logits = _repeat(rows, copies)
+    rows = (cache.layers, prompt.slot_mask, prompt.input_ids, position, logits, states)
+    layers, slot_mask, input_ids, position, logits, states = _repeat(rows, copies)
     cache = cache.replace(layers=layers)
     finished = jnp.zeros(logits.shape[0], bool)
-    state = DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished)
-    return state, logits
+    return DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished), logits, states
 
 
-@partial(jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits"), donate_argnames="state")
+@partial(
+    jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits", "keep_states"), donate_argnames="state"
+)
 def decode(
     module: nn.Module,
     params: Params,
@@ -148,6 +172,7 @@ def decode(
     steps: int,
     keep_scores: bool,
     keep_logits: bool,
+    keep_states: tuple[str, ...] = (),
 ) -> tuple[DecodeState, StepOutput]:
     """`steps` decoding steps under one scan. state.cache.bound covers the last of them."""
 
@@ -155,40 +180,61 @@ def decode(
         # Ties the weights to the carry: else XLA hoists float32 copies of bfloat16 weights out of the loop on CPU
         # (1,980 MB of temporaries at 0.5B).
         weights, state = jax.lax.optimization_barrier((params, state))
-        newest = jax.lax.dynamic_slice_in_dim(state.input_ids, state.cur_len - 1, 1, axis=1)
-        logits, cache = run_model(
-            module,
-            weights,
-            newest,
-            attention_mask=state.slot_mask,
-            position_ids=state.position[:, None],
-            past_key_values=state.cache,
-        )
-        return _extend(state.replace(cache=cache), choice, logits, keep_scores, keep_logits)
+        state, logits, states = run_newest(module, weights, state, keep_states)
+        return _extend(state, choice, logits, keep_scores, keep_logits, states)
 
     return jax.lax.scan(step, state, None, length=steps)
 
 
-def run_model(module: nn.Module, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, KVCache]:
-    """The model on new tokens [B, T], into the cache: logits [B, V] of the one position kept, and the cache."""
-    output = module.apply({"params": params}, tokens, use_cache=True, return_dict=True, **inputs)
+def run_newest(
+    module: nn.Module, params: Params, state: DecodeState, keep_states: tuple[str, ...]
+) -> tuple[DecodeState, jax.Array, States]:
+    """Run the newest token of each row: the state with it in the cache, logits [B, V] of the next one, states kept."""
+    newest = jax.lax.dynamic_slice_in_dim(state.input_ids, state.cur_len - 1, 1, axis=1)
+    logits, cache, states = run_model(
+        module,
+        params,
+        newest,
+        keep_states,
+        attention_mask=state.slot_mask,
+        position_ids=state.position[:, None],
+        past_key_values=state.cache,
+    )
+    return state.replace(cache=cache), logits, states
+
+
+def run_model(
+    module: nn.Module, params: Params, tokens: jax.Array, keep_states: tuple[str, ...], **inputs: Any
+) -> tuple[jax.Array, KVCache, States]:
+    """The model on new tokens [B, T], into the cache: logits [B, V] of one position, the cache, and states kept."""
+    inputs |= {f"output_{name}": name in keep_states for name in STATES}
+    inputs["input_ids" if tokens.ndim == 2 else "inputs_embeds"] = tokens
+    output = module.apply({"params": params}, use_cache=True, return_dict=True, **inputs)
     assert isinstance(output, CausalLMOutputWithPast)
     assert output.logits is not None
     assert output.past_key_values is not None
-    return output.logits[:, 0], output.past_key_values
+    return output.logits[:, 0], output.past_key_values, {name: getattr(output, name) for name in keep_states}
 
 
 def _extend(
-    state: DecodeState, choice: TokenChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool
+    state: DecodeState, choice: TokenChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool, states: States
 ) -> tuple[DecodeState, StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
     logits = logits.astype(jnp.float32)
-    scores = process(choice, state.input_ids, logits, state.cur_len)
-    position = state.position + 1
-    tokens, finished = fill_finished(choice, choose(choice, scores, position), state.finished)
+    scores = process(choice.processors, state.input_ids, logits, state.cur_len)
+    state, tokens = append(state, choice, scores)
+    kept = scores if keep_scores else None, logits if keep_logits else None
+    return state, StepOutput(tokens, state.finished, *kept).replace(**states)
+
+
+def append(state: DecodeState, choice: TokenChoice, scores: jax.Array) -> tuple[DecodeState, jax.Array]:
+    """The state with the next token of each row in it, and those tokens [B], from processed scores [B, V]."""
+    position, cur_len = state.position + 1, state.cur_len + 1
+    tokens = fill_finished(choice, choose(choice, scores, position), state.finished)
     input_ids = jax.lax.dynamic_update_slice_in_dim(state.input_ids, tokens[:, None], state.cur_len, axis=1)
-    state = state.replace(input_ids=input_ids, cur_len=state.cur_len + 1, position=position, finished=finished)
-    return state, StepOutput(tokens, scores if keep_scores else None, logits if keep_logits else None)
+    finished = state.finished | stopped(choice, input_ids, scores, cur_len, tokens)
+    state = state.replace(input_ids=input_ids, cur_len=cur_len, position=position, finished=finished)
+    return state, tokens
 
 
 def _repeat(rows: Any, copies: int) -> Any:

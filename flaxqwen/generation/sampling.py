@@ -5,6 +5,9 @@ Axes: B batch, S columns of the sequence buffer, V vocabulary, E end-of-sequence
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -13,13 +16,20 @@ from jax.typing import ArrayLike
 from flaxqwen.generation.processors import LogitsProcessor
 
 
+class Criterion(Protocol):
+    """Anything with this call ends rows, traced into the decoding program: after a token was appended, -> [B] bool."""
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike) -> jax.Array: ...
+
+
 class TokenChoice(flax.struct.PyTreeNode):
     """How the next token is chosen. Values are traced; which processors there are, and do_sample, are static.
 
     processors: applied in order.
     eos_ids: [E] int32, filled up with processors.NO_ID; all NO_ID: nothing ends a row.
-    pad_id: int32, what finished rows are filled with.
+    pad_id: int32, what finished rows are filled with; below 0, they go on, until the last row has ended.
     seed: uint32, of all draws.
+    criteria: each ends the rows for which it holds, besides the end-of-sequence ids.
     do_sample: draw, or take the highest score.
     """
 
@@ -27,13 +37,16 @@ class TokenChoice(flax.struct.PyTreeNode):
     eos_ids: ArrayLike
     pad_id: ArrayLike
     seed: ArrayLike
+    criteria: tuple[Criterion, ...] = ()
     do_sample: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def process(choice: TokenChoice, input_ids: jax.Array, logits: jax.Array, cur_len: ArrayLike) -> jax.Array:
+def process(
+    processors: Sequence[LogitsProcessor], input_ids: jax.Array, logits: jax.Array, cur_len: ArrayLike
+) -> jax.Array:
     """Scores [B, V] float32 from logits [B, V], given the first cur_len columns of input_ids [B, S]."""
     scores = logits.astype(jnp.float32)
-    for processor in choice.processors:
+    for processor in processors:
         scores = processor(input_ids, scores, cur_len)
     return scores
 
@@ -65,10 +78,17 @@ def first_largest(scores: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(largest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
 
 
-def fill_finished(choice: TokenChoice, tokens: jax.Array, finished: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Finished rows take the pad id; a row is finished once it has an end-of-sequence id, which itself is kept.
+def fill_finished(choice: TokenChoice, tokens: jax.Array, finished: jax.Array) -> jax.Array:
+    """tokens [B] int32, the pad id in rows that are finished [B] bool."""
+    pad = jnp.asarray(choice.pad_id, jnp.int32)
+    return jnp.where(finished & (pad >= 0), pad, tokens)
 
-    tokens [B] int32, finished [B] bool -> the same, after this token.
-    """
-    tokens = jnp.where(finished, jnp.asarray(choice.pad_id, jnp.int32), tokens)
-    return tokens, finished | jnp.isin(tokens, jnp.asarray(choice.eos_ids))
+
+def stopped(
+    choice: TokenChoice, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike, tokens: jax.Array
+) -> jax.Array:
+    """[B] bool: rows that end with the newest tokens [B], the last of the cur_len columns of input_ids [B, S]."""
+    ended = jnp.isin(tokens, jnp.asarray(choice.eos_ids))
+    for criterion in choice.criteria:
+        ended |= criterion(input_ids, scores, cur_len)
+    return ended

@@ -15,6 +15,8 @@ import pytest
 from flaxqwen.cache import KVCache, LayerCache
 from flaxqwen.generation import beam, decoding, inputs
 from flaxqwen.generation.config import GenerationConfig, resolve
+from flaxqwen.generation.decoding import Control
+from flaxqwen.generation.stopping import Stopping
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 from tests.reference import (
@@ -155,7 +157,7 @@ def begin(ours, ids, mask, **changes):
     given = KEEP | {"num_beams": 4, "max_new_tokens": NEW, "eos_token_id": EOS["several"]} | changes
     options = resolve(GenerationConfig(), None, given, input_length=ids.shape[1], max_position_embeddings=2048)
     request = inputs.Inputs(ids, mask.astype(bool))
-    choice = beam.make_beam_choice(request, options, VOCAB)
+    choice = beam.make_beam_choice(request, options, Control(Stopping()), VOCAB)
     keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
     state, _ = decoding.start(beam.prefill, ours, request, choice, None, NEW + 4, copies=4, **keep)
     return choice, state.replace(cache=state.cache.replace(bound=512)), keep
@@ -324,3 +326,27 @@ def test_refusals_come_before_compiling(options, message, ours):
     with counted_compilations() as compiled, pytest.raises(ValueError, match=message):
         ours.generate([[1, 2]], **options)
     assert not compiled
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_time": 1.0}, "max_time cannot be used with num_beams=2"),
+        ({"stopping_criteria": [lambda ids, scores: False]}, "stopping_criteria"),
+        ({"prefix_allowed_tokens_fn": lambda row, ids: [1]}, "prefix_allowed_tokens_fn"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.filterwarnings("ignore:.*called on the host")
+def test_what_cannot_go_with_beams_is_refused(arguments, message, rng):
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
+    mine = Model(module, params, module.config, GenerationConfig())
+    with pytest.raises(ValueError, match=message):
+        mine.generate(random_ids(rng, (1, 5)), num_beams=2, max_new_tokens=3, **arguments)
+
+
+def test_beams_cannot_be_streamed_step_by_step(rng):
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
+    with pytest.raises(ValueError, match="a streamer cannot be used"):
+        Model(module, params, module.config, GenerationConfig()).stream(random_ids(rng, (1, 5)), num_beams=2)

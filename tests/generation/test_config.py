@@ -37,7 +37,8 @@ SUPPORTED = {
     "eta_cutoff", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
-    "watermarking_config", "num_beams", "early_stopping", "length_penalty",
+    "watermarking_config", "num_beams", "early_stopping", "length_penalty", "max_time", "stop_strings",
+    "output_attentions", "output_hidden_states",
 }
 # Without a draft model these do nothing, here and there.
 INERT = {
@@ -45,10 +46,9 @@ INERT = {
     "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight",
 }
 ACTIVE_VALUES: dict[str, Any] = {
-    "max_time": 1.0, "stop_strings": "stop", "cache_implementation": "quantized",
-    "cache_config": {"nbits": 4}, "max_cache_len": 64, "prefill_chunk_size": 8, "token_healing": True,
-    "guidance_scale": 1.5, "output_attentions": True, "output_hidden_states": True,
-    "is_assistant": True, "prompt_lookup_num_tokens": 3, "assistant_early_exit": 1, "speculation_type": "dflash",
+    "cache_implementation": "quantized", "cache_config": {"nbits": 4}, "max_cache_len": 64,
+    "prefill_chunk_size": 8, "token_healing": True, "guidance_scale": 1.5, "is_assistant": True,
+    "prompt_lookup_num_tokens": 3, "assistant_early_exit": 1, "speculation_type": "dflash",
     "low_memory": True, "penalty_alpha": 0.6, "dola_layers": "high", "diversity_penalty": 0.5, "num_beam_groups": 2,
     "constraints": ["a"], "force_words_ids": [[1]], "compile_config": {"mode": "default"},
     "disable_compile": True, "use_mtp": True,
@@ -65,7 +65,7 @@ GOOD_CONFIGS: list[dict[str, Any]] = [
     {"cache_implementation": "hybrid"}, {"forced_eos_token_id": [1, 2], "suppress_tokens": [1]}, {"pad_token_id": -1},
 ]
 BAD_CALLS: list[dict[str, Any]] = [
-    *BAD_CONFIGS, {"max_length": 4}, {"max_length": 3}, {"stop_strings": ["stop"]},
+    *BAD_CONFIGS, {"max_length": 4}, {"max_length": 3},
     {"do_sample": True, "temperature": 0.0}, {"do_sample": True, "temperature": -0.5},
     {"do_sample": True, "temperature": 2}, {"do_sample": True, "top_k": -1}, {"do_sample": True, "top_p": -0.1},
     {"do_sample": True, "min_p": 1.5}, {"do_sample": True, "min_p": -0.1}, {"do_sample": True, "top_h": 0.0},

@@ -10,6 +10,7 @@ import pytest
 from flaxqwen.generation import decoding, inputs, loop
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.sampling import first_largest
+from flaxqwen.generation.stopping import Stopping
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 from tests.reference import close, counted_compilations, padded_mask, pair, random_ids, th, torch
@@ -294,7 +295,8 @@ def test_the_cache_is_updated_in_place(tiny_models):
     options = resolve(GenerationConfig(), None, {"max_new_tokens": 8}, input_length=6, max_position_embeddings=2048)
     request = inputs.Inputs(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
     keep = {"keep_scores": False, "keep_logits": False}
-    choice, prompt = decoding.make_choice(request, options, 1, 331), inputs.make_prompt(request, 32, 2048)
+    choice = decoding.make_choice(request, options, 1, 331, decoding.Control(Stopping()))
+    prompt = inputs.make_prompt(request, 32, 2048)
     state, _ = loop.prefill(
         mine.module, mine.params, prompt, choice, None, capacity=2048, copies=1, cache_dtype=np.dtype("float32"), **keep
     )

@@ -1,0 +1,136 @@
+"""The programs of decoding cut open at the scores, for processors that run on the host.
+
+`prefill` and `decode` stand in for those of loop.py, with the same arguments and results. The model, each run of
+processors that can be traced, and the choice of the token are programs of their own; between them the host's processors
+are called with numpy arrays.
+
+Axes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from flaxqwen.cache import KVCache
+from flaxqwen.generation import loop
+from flaxqwen.generation.callables import HostCall, check_scores
+from flaxqwen.generation.processors import LogitsProcessor
+from flaxqwen.generation.sampling import TokenChoice, process
+
+_run_prompt = jax.jit(
+    loop.run_prompt,
+    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_states"),
+    donate_argnames="cache",
+)
+_run_newest = jax.jit(loop.run_newest, static_argnames=("module", "keep_states"), donate_argnames="state")
+_append = jax.jit(loop.append, donate_argnames="state")
+_process = jax.jit(process)
+
+
+class AllowedTokens(HostCall):
+    """-inf for all but the tokens that prefix_allowed_tokens_fn(row, its tokens so far) lists.
+
+    Source: PrefixConstrainedLogitsProcessor in transformers/generation/logits_process.py.
+    """
+
+    def __init__(self, function: Callable[[int, Any], Any]) -> None:
+        super().__init__(self.mask)
+        self.name = "prefix_allowed_tokens_fn"
+        self.allowed = function
+
+    def mask(self, input_ids: Any, scores: Any) -> np.ndarray:
+        """Scores [B, V]; where a row's allowed tokens are all -inf already, they have 0.
+
+        Raises:
+          ValueError: no token is allowed, or one that is out of the vocabulary.
+        """
+        given = np.asarray(scores)
+        masked = np.full_like(given, -np.inf)
+        for row, tokens in enumerate(input_ids):
+            allowed = np.asarray(self.allowed(row, tokens), np.int64).reshape(-1)
+            if not allowed.size or allowed.min() < 0 or allowed.max() >= given.shape[1]:
+                raise ValueError(
+                    f"{self.name} returned {allowed.tolist()} for row {row}; expected token ids from 0 to "
+                    f"{given.shape[1] - 1}, one at least"
+                )
+            kept = given[row, allowed]
+            masked[row, allowed] = 0 if np.isneginf(kept).all() else kept
+        return masked
+
+
+def prefill(
+    module: nn.Module,
+    params: dict[str, Any],
+    prompt: loop.Prompt,
+    choice: TokenChoice,
+    cache: KVCache | None,
+    *,
+    capacity: int,
+    cache_dtype: DTypeLike,
+    copies: int,
+    keep_scores: bool,
+    keep_logits: bool,
+    keep_states: tuple[str, ...] = (),
+) -> tuple[loop.DecodeState, loop.StepOutput]:
+    """As loop.prefill."""
+    shape = {"capacity": capacity, "cache_dtype": cache_dtype, "copies": copies}
+    state, logits, states = _run_prompt(module, params, prompt, cache, **shape, keep_states=keep_states)
+    return _extend(state, choice, logits, keep_scores, keep_logits, states)
+
+
+def decode(
+    module: nn.Module,
+    params: dict[str, Any],
+    state: loop.DecodeState,
+    choice: TokenChoice,
+    *,
+    steps: int,
+    keep_scores: bool,
+    keep_logits: bool,
+    keep_states: tuple[str, ...] = (),
+) -> tuple[loop.DecodeState, loop.StepOutput]:
+    """As loop.decode, for one step."""
+    assert steps == 1
+    state, logits, states = _run_newest(module, params, state, keep_states=keep_states)
+    return _extend(state, choice, logits, keep_scores, keep_logits, states)
+
+
+def _extend(
+    state: loop.DecodeState,
+    choice: TokenChoice,
+    logits: jax.Array,
+    keep_scores: bool,
+    keep_logits: bool,
+    states: loop.States,
+) -> tuple[loop.DecodeState, loop.StepOutput]:
+    """Choose the next token of each row from logits [B, V], and append it."""
+    logits = _process((), state.input_ids, logits, state.cur_len)  # float32
+    scores = process_on_host(choice.processors, state, logits)
+    state, tokens = _append(state, choice.replace(processors=()), scores)
+    kept = scores if keep_scores else None, logits if keep_logits else None
+    # Off the device at once: the state is donated to the next step, and `finished` with it.
+    output = jax.device_get(loop.StepOutput(tokens, state.finished, *kept).replace(**states))
+    return state, jax.tree.map(lambda a: a[None], output)
+
+
+def process_on_host(processors: tuple[LogitsProcessor, ...], state: loop.DecodeState, logits: jax.Array) -> jax.Array:
+    """Scores [B, V] from logits [B, V]: host processors between the runs of those that are traced."""
+    scores: Any = logits
+    for on_host, group in itertools.groupby(processors, lambda processor: isinstance(processor, HostCall)):
+        if not on_host:
+            scores = _process(tuple(group), state.input_ids, scores, state.cur_len)
+            continue
+        input_ids = np.asarray(state.input_ids)[:, : int(state.cur_len)]
+        for processor in group:
+            assert isinstance(processor, HostCall)
+            scores = processor(input_ids, np.asarray(scores))
+            check_scores(processor.name, scores, len(input_ids), logits.shape[1])
+        scores = scores.astype(np.float32)
+    return scores
