@@ -175,7 +175,7 @@ def test_values_never_compile_again(models: Any, rng: np.random.Generator) -> No
     ]
     with counted_compilations() as compiled:
         for change in changes:
-            mine.generate(random_ids(rng, (1, 11)), **(base | change))
+            mine.generate(random_ids(rng, (1, 11)), attention_mask=np.ones((1, 11), np.int32), **(base | change))
     assert not compiled
     mine.generate(random_ids(rng, (1, 9)), max_new_tokens=6, watermarking_config=SYNTHID)
     other = SYNTHID | {"keys": [1, 2, 3, 4], "ngram_len": 5, "context_history_size": 7, "sampling_table_seed": 9}
