@@ -180,7 +180,12 @@ def test_values_never_compile_again(models: Any, rng: np.random.Generator) -> No
     mine.generate(random_ids(rng, (1, 9)), max_new_tokens=6, watermarking_config=SYNTHID)
     other = SYNTHID | {"keys": [1, 2, 3, 4], "ngram_len": 5, "context_history_size": 7, "sampling_table_seed": 9}
     with counted_compilations() as compiled:
-        mine.generate(random_ids(rng, (1, 11)), max_new_tokens=6, watermarking_config=other)
+        mine.generate(
+            random_ids(rng, (1, 11)),
+            attention_mask=np.ones((1, 11), np.int32),
+            max_new_tokens=6,
+            watermarking_config=other,
+        )
     assert not compiled
 
 
