@@ -17,6 +17,20 @@ def find_shared() -> Path | None:
     return folder if (folder / "data").is_dir() else None
 
 
+# The files that take longest although they have few tests: the other worker is busy meanwhile.
+SLOW_FILES = ("test_real_geometry.py", "test_package.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files go to xdist's workers in our order; its own, by the number of their tests, leaves the slowest for last."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow files first."""
+    items.sort(key=lambda item: item.path.name not in SLOW_FILES)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder of real inputs; the test is skipped where it is absent."""
