@@ -125,7 +125,7 @@ class StoredTensor:
         size = math.prod(self.stored_shape)
         for start in range(0, size, step):
             piece = places.take(min(step, size - start))
-            self._fill(piece.view(np.uint8), start * self.dtype.itemsize)
+            self.fill(piece.view(np.uint8), start * self.dtype.itemsize)
             yield piece
 
     def view(self) -> np.ndarray:
@@ -161,10 +161,10 @@ class StoredTensor:
 
     def _read_range(self, start: int, stop: int) -> np.ndarray:
         data = np.empty(stop - start, np.uint8)
-        self._fill(data, start)
+        self.fill(data, start)
         return data
 
-    def _fill(self, out: np.ndarray, start: int) -> None:
+    def fill(self, out: np.ndarray, start: int) -> None:
         """Fill `out`, uint8, with the stored bytes from `start` on, across pieces."""
         done = 0
         for offset, size in self.extents:

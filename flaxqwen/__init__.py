@@ -25,6 +25,7 @@ _HOMES = {
     "Qwen2ForTokenClassification": "flaxqwen.models.heads",
     "Qwen2Model": "flaxqwen.models.qwen2",
     "init_cache": "flaxqwen.cache",
+    "make_mesh": "flaxqwen.sharding",
     # Handed on from Transformers as they are.
     "AutoFeatureExtractor": "transformers",
     "AutoProcessor": "transformers",

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from flaxqwen.config import PretrainedConfig, Qwen2Config, config_from_file
@@ -27,6 +28,7 @@ from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.names import to_name
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.hub import resolve_folder
+from flaxqwen.loading import ShardReader
 from flaxqwen.model import Model, Params
 from flaxqwen.models.heads import (
     Qwen2ForQuestionAnswering,
@@ -34,6 +36,9 @@ from flaxqwen.models.heads import (
     Qwen2ForTokenClassification,
 )
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
+from flaxqwen.sharding import Sharding, module_sharding
+
+MeshAxes = Mapping[str, tuple[str, ...]]
 
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # Heads that are put on a pretrained decoder: missing from its checkpoint, they are drawn at random, with a warning.
@@ -92,6 +97,8 @@ class _AutoModel:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        mesh: Mesh | None = None,
+        mesh_axes: MeshAxes | None = None,
         **overrides: Any,
     ) -> Model:
         """Load a model in PyTorch's or Flax's format, found by looking.
@@ -102,6 +109,8 @@ class _AutoModel:
           dtype: of the parameters: "float32", "bfloat16", "float16", or that of jax, numpy or torch; None or "auto":
             that of the config, or else that of the first tensor by name. torch_dtype is its older name.
           revision, token, cache_dir, local_files_only: of the hub, as in Transformers.
+          mesh: of make_mesh: the devices that the model lies on, and runs on. Each process reads its own shards.
+          mesh_axes: axes of the mesh, by logical axis, over sharding.LOGICAL_AXES.
           overrides: fields of the config, such as num_labels=3; rope_parameters without rope_theta keeps the config's.
 
         Returns:
@@ -127,43 +136,63 @@ class _AutoModel:
         with open_checkpoint(folder) as checkpoint:
             wanted = wanted or _stored_dtype(checkpoint)
             config = dataclasses.replace(cls._untied(config, checkpoint), dtype=np.dtype(wanted).name)
-            module = cls.module_of(config, wanted)
+            module = cls.module_of(config, wanted, mesh, mesh_axes)
             params, new = _load(module, checkpoint, wanted)
         if new:
             warnings.warn(f"{folder} has no {', '.join(new)}: newly initialised, to be trained", stacklevel=2)
         return Model(module, params, config, _generation_config(folder, config))
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig, seed: int = 0, dtype: Any = None) -> Model:
+    def from_config(
+        cls,
+        config: PretrainedConfig,
+        seed: int = 0,
+        dtype: Any = None,
+        mesh: Mesh | None = None,
+        mesh_axes: MeshAxes | None = None,
+    ) -> Model:
         """A model with random weights, drawn as Transformers draws them.
 
         Args:
           config: of one of our models.
-          seed: of the draws; one seed gives the same weights on every device.
+          seed: of the draws; one seed gives the same weights on every device, and on every mesh.
           dtype: of the parameters, as in from_pretrained; default: that of the config, or else float32.
+          mesh, mesh_axes: as in from_pretrained.
 
         Raises:
           ValueError: a model_type or a dtype that is not supported.
         """
         wanted = parse_dtype(dtype) or parse_dtype(config.dtype) or jnp.float32
         config = dataclasses.replace(config, dtype=np.dtype(wanted).name)
-        module = cls.module_of(config, wanted)
-        params = draw_params(param_shapes(module), config, seed, wanted)
+        module = cls.module_of(config, wanted, mesh, mesh_axes)
+        params = draw_params(param_shapes(module), config, seed, wanted, module_sharding(module))
         return Model(module, params, config, GenerationConfig.from_model_config(config))
 
     @classmethod
-    def module_of(cls, config: PretrainedConfig, param_dtype: Any = jnp.float32) -> nn.Module:
-        """The Linen module for a config.
+    def module_of(
+        cls,
+        config: PretrainedConfig,
+        param_dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+        mesh_axes: MeshAxes | None = None,
+    ) -> nn.Module:
+        """The Linen module for a config; on a mesh, its own config has the heads that fit there.
 
         Raises:
-          ValueError: a model_type that this class does not load.
+          ValueError: a model_type that this class does not load, or not onto a mesh.
         """
         kind = config.model_type
         if kind not in cls.modules:
             known = ", ".join(map(repr, cls.modules))
             other = f": it is for {OTHER_CLASSES[kind]}, which is yet to come" if kind in OTHER_CLASSES else ""
             raise ValueError(f"{cls.__name__} does not load model_type {kind!r}{other}; it loads {known}")
-        return cls.modules[kind](config, param_dtype=param_dtype)
+        if mesh is None:
+            return cls.modules[kind](config, param_dtype=param_dtype)
+        if not isinstance(config, Qwen2Config):
+            raise ValueError(f"model_type {kind!r} does not run on a mesh yet: leave mesh out")
+        sharding = Sharding.fit(mesh, config, mesh_axes)
+        config = sharding.heads.replace_in(config)
+        return cls.modules[kind](config, param_dtype=param_dtype, sharding=sharding)
 
     @classmethod
     def _untied(cls, config: PretrainedConfig, checkpoint: Checkpoint) -> PretrainedConfig:
@@ -225,7 +254,11 @@ def param_shapes(module: nn.Module) -> dict[ParamPath, tuple[int, ...]]:
 
 
 def draw_params(
-    shapes: Mapping[ParamPath, tuple[int, ...]], config: PretrainedConfig, seed: int, dtype: DTypeLike
+    shapes: Mapping[ParamPath, tuple[int, ...]],
+    config: PretrainedConfig,
+    seed: int,
+    dtype: DTypeLike,
+    sharding: Sharding | None = None,
 ) -> Params:
     """Random parameters of the given shapes, as `PreTrainedModel._init_weights` in transformers/modeling_utils.py.
 
@@ -239,24 +272,38 @@ def draw_params(
     leaves: dict[ParamPath, jax.Array] = {}
     for path, shape in shapes.items():
         owner, leaf = path[-2:]
+        device = None if sharding is None else sharding.of_parameter(path, shape)
         if leaf == "bias":
-            leaves[path] = jnp.zeros(shape, dtype)
+            leaves[path] = jnp.zeros(shape, dtype, device=device)
         elif owner.endswith("norm"):
-            leaves[path] = jnp.ones(shape, dtype)
+            leaves[path] = jnp.ones(shape, dtype, device=device)
         else:
             zero_row = getattr(config, "pad_token_id", None) if owner == "embed_tokens" else None
             own_key = jax.random.fold_in(key, zlib.crc32(to_name(path).encode()))
-            leaves[path] = _draw_normal(own_key, stddev, shape=shape, dtype=dtype, zero_row=zero_row)
+            place = None if sharding is None else (path[-2:], sharding)
+            leaves[path] = _draw_normal(own_key, stddev, shape=shape, dtype=dtype, zero_row=zero_row, place=place)
     return flax.traverse_util.unflatten_dict(leaves)
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "zero_row"))
+@partial(jax.jit, static_argnames=("shape", "dtype", "zero_row", "place"))
 def _draw_normal(
-    key: jax.Array, stddev: float, *, shape: tuple[int, ...], dtype: DTypeLike, zero_row: int | None
+    key: jax.Array,
+    stddev: float,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    zero_row: int | None,
+    place: tuple[ParamPath, Sharding] | None,
 ) -> jax.Array:
+    """place: on a mesh, the end of the parameter's path and the sharding; what is drawn has the checkpoint's shape."""
+    stored = shape if place is None else place[1].heads.stored_shape(place[0], shape)
     # Drawn in float32: in bfloat16 there are 256 different values, and none beyond 2.7 standard deviations.
-    values = stddev * jax.random.normal(key, shape, jnp.float32)
-    return (values if zero_row is None else values.at[zero_row].set(0)).astype(dtype)
+    values = stddev * jax.random.normal(key, stored, jnp.float32)
+    values = (values if zero_row is None else values.at[zero_row].set(0)).astype(dtype)
+    if place is None:
+        return values
+    path, sharding = place
+    return jax.lax.with_sharding_constraint(sharding.heads.apply(path, values), sharding.of_parameter(path, shape))
 
 
 def _load(module: Any, checkpoint: Checkpoint, dtype: DTypeLike) -> tuple[Params, list[str]]:
@@ -265,14 +312,17 @@ def _load(module: Any, checkpoint: Checkpoint, dtype: DTypeLike) -> tuple[Params
     stored = {name.split(".")[0] for name in checkpoint.tensors}
     head = {path: shape for path, shape in shapes.items() if path[0] in NEW_HEADS and path[0] not in stored}
     body = {path: shape for path, shape in shapes.items() if path not in head}
+    sharding = module_sharding(module)
     with Progress("Loading") if sys.stderr.isatty() else nullcontext() as report:
-        load = partial(load_params, dtype=np.dtype(dtype), put=jax.device_put, progress=report)
+        load: Callable[..., Params] = partial(load_params, dtype=np.dtype(dtype), put=jax.device_put, progress=report)
+        if sharding is not None:
+            load = partial(ShardReader(sharding, np.dtype(dtype)).load, progress=report)
         if not head:
             return load(checkpoint, body), []
         # A new head goes on a bare decoder, which leaves the head that the checkpoint may have.
         name = next(iter(body))[0]
         params = {name: load(checkpoint, {path[1:]: shape for path, shape in body.items()})}
-    return params | draw_params(head, module.config, 0, dtype), sorted(map(to_name, head))
+    return params | draw_params(head, module.config, 0, dtype, sharding), sorted(map(to_name, head))
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> Any:

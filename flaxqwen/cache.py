@@ -27,10 +27,12 @@ class LayerCache(flax.struct.PyTreeNode):
     key: jax.Array
     value: jax.Array
 
-    def append(self, key: jax.Array, value: jax.Array, at: jax.Array) -> LayerCache:
+    def append(self, key: jax.Array, value: jax.Array, at: jax.Array, is_sharded: bool = False) -> LayerCache:
         """Write key and value [B, K, T, H] from slots `at` ([] or [B]) on. In place when the cache is donated."""
         key, value = key.astype(self.key.dtype), value.astype(self.value.dtype)
         arrays = (self.key, self.value, key, value, at.reshape(()) if at.size == 1 else at)
+        if is_sharded:  # a loop over heads or rows would bring them all to each device
+            return LayerCache(*_write(*arrays))
         return LayerCache(*jax.lax.platform_dependent(*arrays, cpu=_write_in_loop, default=_write))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import tempfile
 from functools import partial
@@ -17,6 +18,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from flaxqwen.cache import KVCache, grow_cache
 from flaxqwen.config import PretrainedConfig
@@ -27,6 +29,7 @@ from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, bucket, check_t
 from flaxqwen.generation.outputs import compute_transition_scores
 from flaxqwen.generation.streamers import Stream
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
+from flaxqwen.sharding import module_sharding
 
 Params = dict[str, Any]
 
@@ -133,7 +136,9 @@ class Model:
           OSError: a file cannot be written. Nothing is left of weights that are not whole.
         """
         config = dataclasses.replace(self.config, architectures=(type(self.module).__name__,), dtype=self.dtype.name)
-        save_params(self.params, save_directory, to=to, max_shard_size=max_shard_size)
+        sharding = module_sharding(self.module)
+        params = self.params if sharding is None else sharding.undo_heads(self.params)
+        save_params(params, save_directory, to=to, max_shard_size=max_shard_size)
         config.save_pretrained(save_directory)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
@@ -180,13 +185,23 @@ class Model:
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many parameters there are (all are trainable); a tied head counts once, as in Transformers."""
         leaves = jax.tree.leaves_with_path(self.params)
-        kept = (a for path, a in leaves if not (exclude_embeddings and "embed_tokens" in jax.tree_util.keystr(path)))
-        return sum(a.size for a in kept)
+        kept = [leaf for leaf in leaves if not (exclude_embeddings and "embed_tokens" in jax.tree_util.keystr(leaf[0]))]
+        sharding = module_sharding(self.module)
+        if sharding is None:
+            return sum(a.size for _, a in kept)
+        stored = sharding.heads.stored_shape
+        return sum(math.prod(stored(tuple(key.key for key in path), a.shape)) for path, a in kept)
 
     @property
     def dtype(self) -> np.dtype:
         """dtype of the parameters."""
         return jax.tree.leaves(self.params)[0].dtype
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the model lies on; None: one device."""
+        sharding = module_sharding(self.module)
+        return None if sharding is None else sharding.mesh
 
     @property
     def device(self) -> jax.Device:

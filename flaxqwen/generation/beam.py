@@ -25,7 +25,7 @@ from flaxqwen.cache import KVCache, repeat_cache
 from flaxqwen.generation.config import ResolvedConfig
 from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, Control, make_choice, start
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform
-from flaxqwen.generation.loop import Params, Prompt, run_model, run_prompt
+from flaxqwen.generation.loop import Params, Prompt, run_model, run_prompt, settled
 from flaxqwen.generation.sampling import TokenChoice, process
 from flaxqwen.models.outputs import ModelOutput
 
@@ -165,7 +165,7 @@ def prefill(
         done=jnp.zeros((), bool),
     )
     state, output = _advance(state, choice, logits, keep_scores, keep_logits)
-    return state, jax.tree.map(lambda a: a[None], output)
+    return settled(module, (state, jax.tree.map(lambda a: a[None], output)))
 
 
 @partial(jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits"), donate_argnames="state")
@@ -199,7 +199,7 @@ def decode(
         parents = jnp.where(state.done, jnp.arange(len(parents)), parents)
         return after.replace(cache=_reorder(after.cache, parents, choice.prompt_length)), output
 
-    return jax.lax.scan(step, state, None, length=steps)
+    return settled(module, jax.lax.scan(step, state, None, length=steps))
 
 
 def _advance(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -24,12 +25,25 @@ from flaxqwen.generation.callables import HostCall, check_scores
 from flaxqwen.generation.processors import LogitsProcessor
 from flaxqwen.generation.sampling import TokenChoice, process
 
-_run_prompt = jax.jit(
-    loop.run_prompt,
+
+@partial(
+    jax.jit,
     static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_states"),
     donate_argnames="cache",
 )
-_run_newest = jax.jit(loop.run_newest, static_argnames=("module", "keep_states"), donate_argnames="state")
+def _run_prompt(
+    module: nn.Module, params: loop.Params, prompt: loop.Prompt, cache: KVCache | None, **static: Any
+) -> tuple[loop.DecodeState, jax.Array, loop.States]:
+    return loop.settled(module, loop.run_prompt(module, params, prompt, cache, **static))
+
+
+@partial(jax.jit, static_argnames=("module", "keep_states"), donate_argnames="state")
+def _run_newest(
+    module: nn.Module, params: loop.Params, state: loop.DecodeState, keep_states: tuple[str, ...]
+) -> tuple[loop.DecodeState, jax.Array, loop.States]:
+    return loop.settled(module, loop.run_newest(module, params, state, keep_states))
+
+
 _append = jax.jit(loop.append, donate_argnames="state")
 _process = jax.jit(process)
 

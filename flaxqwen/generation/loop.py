@@ -21,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flaxqwen.cache import KVCache, init_cache
 from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, process, stopped
 from flaxqwen.models.outputs import CausalLMOutputWithPast
+from flaxqwen.sharding import module_sharding, settle
 
 Params = dict[str, Any]
 States = dict[str, tuple[jax.Array, ...]]  # of each layer, by the names of StepOutput
@@ -119,7 +120,7 @@ def prefill(
         keep_states=keep_states,
     )
     state, output = _extend(state, choice, logits, keep_scores, keep_logits, states)
-    return state, jax.tree.map(lambda a: a[None], output)
+    return settled(module, (state, jax.tree.map(lambda a: a[None], output)))
 
 
 def run_prompt(
@@ -183,7 +184,7 @@ def decode(
         state, logits, states = run_newest(module, weights, state, keep_states)
         return _extend(state, choice, logits, keep_scores, keep_logits, states)
 
-    return jax.lax.scan(step, state, None, length=steps)
+    return settled(module, jax.lax.scan(step, state, None, length=steps))
 
 
 def run_newest(
@@ -242,3 +243,8 @@ def _repeat(rows: Any, copies: int) -> Any:
     if copies == 1:
         return jax.tree.map(jnp.asarray, rows)
     return jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a), copies, axis=0), rows)
+
+
+def settled(module: nn.Module, results: Any) -> Any:
+    """A program's results, where the next one expects them on the module's mesh, if it has one."""
+    return settle(module_sharding(module), results)

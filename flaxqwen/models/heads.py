@@ -20,6 +20,7 @@ from flaxqwen.models.outputs import (
 )
 from flaxqwen.models.qwen2 import Qwen2Model
 from flaxqwen.ops.linear import Linear
+from flaxqwen.sharding import Sharding
 
 
 class Qwen2ForSequenceClassification(nn.Module):
@@ -28,10 +29,11 @@ class Qwen2ForSequenceClassification(nn.Module):
     config: Qwen2Config
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.model = Qwen2Model(config, *dtypes)
+        self.model = Qwen2Model(config, *dtypes, self.sharding)
         self.score = Linear(config.num_labels, False, config.initializer_range, *dtypes)
 
     def __call__(
@@ -88,10 +90,11 @@ class Qwen2ForTokenClassification(nn.Module):
     config: Qwen2Config
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.model = Qwen2Model(config, *dtypes)
+        self.model = Qwen2Model(config, *dtypes, self.sharding)
         self.dropout = nn.Dropout(config.head_dropout)
         self.score = Linear(config.num_labels, True, config.initializer_range, *dtypes)
 
@@ -126,10 +129,11 @@ class Qwen2ForQuestionAnswering(nn.Module):
     config: Qwen2Config
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.transformer = Qwen2Model(config, *dtypes)
+        self.transformer = Qwen2Model(config, *dtypes, self.sharding)
         self.qa_outputs = Linear(2, True, config.initializer_range, *dtypes)
 
     def __call__(

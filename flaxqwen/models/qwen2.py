@@ -25,6 +25,7 @@ from flaxqwen.ops.attention import Visibility, attend, attend_in_blocks
 from flaxqwen.ops.linear import Embed, Linear
 from flaxqwen.ops.norm import RMSNorm
 from flaxqwen.ops.rotary import rotary_embedding, rotate
+from flaxqwen.sharding import Sharding, constrain, mask_of_heads, own_heads, settle
 
 Qwen2RMSNorm = RMSNorm
 
@@ -56,6 +57,7 @@ class Qwen2Attention(nn.Module):
     layer_index: int
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -83,14 +85,14 @@ class Qwen2Attention(nn.Module):
         Without a cache the new keys and values are the whole of it.
         """
         B, T, _ = x.shape
-        H = self.config.head_dim
-        query = rotate(self.q_proj(x).reshape(B, T, -1, H), *rope)
-        key = rotate(self.k_proj(x).reshape(B, T, -1, H), *rope).swapaxes(1, 2)  # [B, K, T, H]
-        value = self.v_proj(x).reshape(B, T, -1, H).swapaxes(1, 2)
+        query = rotate(self._heads(self.q_proj(x), "heads"), *rope)
+        key = rotate(self._heads(self.k_proj(x), "kv_heads"), *rope).swapaxes(1, 2)  # [B, K, T, H]
+        value = self._heads(self.v_proj(x), "kv_heads").swapaxes(1, 2)
         if cache is None:
             filled = readable = LayerCache(key, value)
         else:
-            filled = cache.layers[self.layer_index].append(key, value, cache.length)
+            filled = cache.layers[self.layer_index].append(key, value, cache.length, self.sharding is not None)
+            filled = settle(self.sharding, filled)
             readable = jax.tree.map(lambda a: a[:, :, : cache.readable], filled)
         heads = (query, readable.key, readable.value, visibility, self.window)
         drop = not deterministic and self.config.attention_dropout > 0
@@ -99,7 +101,13 @@ class Qwen2Attention(nn.Module):
             y, weights = attend(*heads, dropout=lambda w: self.dropout(w, deterministic=not drop))
         else:
             y = attend_in_blocks(*heads)
-        return self.o_proj(y.reshape(B, T, -1)), filled, weights if output_attentions else None
+        weights = own_heads(self.sharding, weights) if output_attentions and weights is not None else None
+        return self.o_proj(y.reshape(B, T, -1)), filled, weights
+
+    def _heads(self, x: jax.Array, axis: str) -> jax.Array:
+        """[B, T, heads * H] -> [B, T, heads, H]."""
+        heads = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        return constrain(self.sharding, heads, "batch", None, axis, None)
 
 
 class Qwen2DecoderLayer(nn.Module):
@@ -109,11 +117,12 @@ class Qwen2DecoderLayer(nn.Module):
     layer_index: int
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         self.input_layernorm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
-        self.self_attn = Qwen2Attention(config, self.layer_index, *dtypes)
+        self.self_attn = Qwen2Attention(config, self.layer_index, *dtypes, self.sharding)
         self.post_attention_layernorm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
         self.mlp = Qwen2MLP(config, *dtypes)
 
@@ -130,8 +139,9 @@ class Qwen2DecoderLayer(nn.Module):
         y, filled, weights = self.self_attn(
             self.input_layernorm(x), rope, visibility, cache, output_attentions, deterministic
         )
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), filled, weights
+        x = constrain(self.sharding, x + y, "batch", None, None)
+        y = self.mlp(self.post_attention_layernorm(x))
+        return constrain(self.sharding, x + y, "batch", None, None), filled, weights
 
 
 class Qwen2Model(nn.Module):
@@ -140,18 +150,20 @@ class Qwen2Model(nn.Module):
     config: geometry and rope.
     dtype: compute dtype; None computes in the dtype of the parameters.
     param_dtype: dtype in which `init` creates parameters.
+    sharding: how the model lies on a mesh; None: on one device.
     """
 
     config: Qwen2Config
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         self.embed_tokens = Embed(
-            config.vocab_size, config.hidden_size, config.pad_token_id, config.initializer_range, *dtypes
+            config.vocab_size, config.hidden_size, config.pad_token_id, config.initializer_range, *dtypes, self.sharding
         )
-        self.layers = [Qwen2DecoderLayer(config, i, *dtypes) for i in range(config.num_hidden_layers)]
+        self.layers = [Qwen2DecoderLayer(config, i, *dtypes, self.sharding) for i in range(config.num_hidden_layers)]
         self.norm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
 
     def __call__(
@@ -209,7 +221,7 @@ class Qwen2Model(nn.Module):
         deterministic: bool = True,
     ) -> BaseModelOutputWithPast:
         """As __call__, but for return_dict."""
-        x = self.embed(input_ids, inputs_embeds)
+        x = constrain(self.sharding, self.embed(input_ids, inputs_embeds), "batch", None, None)
         config = self.config
         use_cache = _default(use_cache, config.use_cache and deterministic and segment_ids is None)
         output_attentions = _default(output_attentions, config.output_attentions)
@@ -222,6 +234,8 @@ class Qwen2Model(nn.Module):
         if position_ids is None:
             position_ids = slots if cache_position is None else cache_position[None]
         position_ids = jnp.broadcast_to(position_ids, (x.shape[0], T))
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = mask_of_heads(self.sharding, attention_mask)
         visibility = make_visibility(config, attention_mask, slots, cache, segment_ids)
         rope = rotary_embedding(config, position_ids, x.dtype)
 
@@ -265,10 +279,11 @@ class Qwen2ForCausalLM(nn.Module):
     config: Qwen2Config
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.model = Qwen2Model(config, *dtypes)
+        self.model = Qwen2Model(config, *dtypes, self.sharding)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.vocab_size, False, config.initializer_range, *dtypes)
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from flaxqwen.sharding import Sharding, constrain
+
 # One row of bfloat16: the conversion of the weight fuses into the dot only while the row, in float32, is under 16 KB.
 MAX_FUSED_CONTRACTION = 4096
 
@@ -82,6 +84,7 @@ class Embed(nn.Module):
     stddev: float = 0.02
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         shape = (self.vocab_size, self.features)
@@ -89,7 +92,9 @@ class Embed(nn.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids [...] int -> [..., D]."""
-        x = jnp.take(self.weight, ids, axis=0).astype(self.dtype or self.weight.dtype)
+        # Whole along D: rows that are cut there would have to change places with the batch, which is cut alike.
+        table = constrain(self.sharding, self.weight, "vocab", None)
+        x = jnp.take(table, ids, axis=0).astype(self.dtype or self.weight.dtype)
         if self.padding_idx is not None:
             x = jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
         return x

@@ -1,0 +1,111 @@
+"""Runs a checkpoint on one device and on meshes of 8 simulated ones: python -m tests.mesh_worker FOLDER.
+
+Reads inputs.npz in FOLDER, writes results.npz: every result under `name/mesh`. Apart from the tests, because the number
+of devices is fixed when jax starts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# The programs are tiny: compiling them is nearly all of the time.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+import jax
+import numpy as np
+
+from flaxqwen import AutoModelForCausalLM, make_mesh
+from flaxqwen.generation import loop
+
+MESHES = {"8x1": (8, 1, 1), "1x8": (1, 1, 8), "2x4": (2, 1, 4), "4x2": (4, 1, 2), "fsdp": (1, 4, 2)}
+# Where beams, sampling and what users see of heads run too: heads are padded and repeated on both.
+EVERYTHING = ("1x8", "2x4")
+NEW = 8
+
+
+def main(folder: Path) -> None:
+    """Run everything."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    inputs = dict(np.load(folder / "inputs.npz"))
+    results: dict[str, Any] = {}
+    programs: dict[str, str] = {}
+    for name, sizes in {"one": None, **MESHES}.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, mesh=None if sizes is None else make_mesh(*sizes))
+        assert model.config.num_attention_heads == 14
+        kinds = run_everything(model, inputs, folder / name) if name in ("one", *EVERYTHING) else {}
+        found = {**run(model, inputs), **kinds}
+        results |= {f"{kind}/{name}": value for kind, value in found.items()}
+        if sizes is not None:
+            programs[f"hlo/{name}"] = decode_program(model, inputs)
+    np.savez(folder / "results.npz", **results, **programs)
+
+
+def run(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """forward and greedy decoding of left-padded prompts."""
+    prompts = {"input_ids": inputs["ids"], "attention_mask": inputs["mask"]}
+    greedy = model.generate(**prompts, max_new_tokens=NEW, do_sample=False)
+    before = compilations()
+    again = model.generate(
+        inputs["ids"][::-1], attention_mask=inputs["mask"][::-1], max_new_tokens=NEW, do_sample=False
+    )
+    assert (again == greedy[::-1]).all()
+    compiled = np.asarray(compilations() - before)
+    return {"logits": np.asarray(model(**prompts).logits), "greedy": greedy, "compiled": compiled}
+
+
+def run_everything(model: Any, inputs: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
+    """The other kinds of decoding, and everything in which heads show; saves the weights into a folder."""
+    prompts = {"input_ids": inputs["ids"], "attention_mask": inputs["mask"], "max_new_tokens": NEW}
+    settings = {"do_sample": True, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 7}
+    first = model.generate(**prompts, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    longer = {"input_ids": np.concatenate([first.sequences, inputs["ids"][:, :3]], axis=1), "max_new_tokens": NEW}
+    longer["attention_mask"] = np.pad(inputs["mask"], ((0, 0), (0, NEW + 3)), constant_values=1)
+    biased = model(inputs["ids"], attention_mask=inputs["bias"], output_attentions=True)
+    model.save_pretrained(folder, to="pytorch")
+    return {
+        "beams": model.generate(**prompts, num_beams=3, num_return_sequences=2, do_sample=False),
+        "sampled": model.generate(**prompts, **settings, num_return_sequences=2),
+        "host": model.generate(**prompts, do_sample=False, prefix_allowed_tokens_fn=lambda row, ids: [row + 1, 7, 30]),
+        "steps": np.stack(first.logits),
+        "continued": model.generate(**longer, past_key_values=first.past_key_values, do_sample=False),
+        "biased": np.asarray(biased.logits),
+        "attentions": np.stack(biased.attentions),
+    }
+
+
+def decode_program(model: Any, inputs: dict[str, np.ndarray]) -> str:
+    """The compiled decoding program of greedy generate(), as optimised HLO."""
+    texts: list[str] = []
+    decode = loop.decode
+
+    def spy(*arguments: Any, **static: Any) -> Any:
+        texts.append(decode.lower(*arguments, **static).compile().as_text())
+        return decode(*arguments, **static)
+
+    loop.decode = spy
+    try:
+        model.generate(inputs["ids"], max_new_tokens=2, do_sample=False)
+    finally:
+        loop.decode = decode
+    return texts[0]
+
+
+COMPILED: list[str] = []
+
+
+def compilations() -> int:
+    """How many programs XLA has compiled so far."""
+    return len(COMPILED)
+
+
+def listen(event: str, duration: float, **_: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(event)
+
+
+if __name__ == "__main__":
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,191 @@
+"""Models on meshes: 8 simulated devices in one process compared with one device and with Transformers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxqwen import AutoModelForCausalLM, Qwen2Config, make_mesh
+from flaxqwen.auto import param_shapes
+from flaxqwen.convert import open_checkpoint, save_params
+from flaxqwen.convert.shards import Counter as Bytes
+from flaxqwen.loading import read_part
+from flaxqwen.sharding import HeadLayout, Sharding
+from tests.mesh_worker import EVERYTHING, MESHES, NEW
+from tests.reference import close, padded_mask, random_ids, tiny, torch_model
+
+torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch: pip install flaxqwen[test]")
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = 2
+# 14 query and 2 key/value heads, as Qwen2.5-0.5B: neither divides by 4 or 8.
+CONFIG = tiny(
+    hidden_size=56, head_dim=8, intermediate_size=96, num_attention_heads=14, num_key_value_heads=2, vocab_size=320,
+    num_hidden_layers=LAYERS,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory) -> dict[str, np.ndarray]:
+    """The inputs and results of mesh_worker, and Transformers' logits and greedy tokens."""
+    folder = tmp_path_factory.mktemp("mesh")
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    theirs = torch_model("Qwen2ForCausalLM", CONFIG, seed=int(rng.integers(2**31)))
+    theirs.save_pretrained(folder)
+    ids = random_ids(rng, (8, 9), 320)
+    mask = padded_mask([9, 7, 9, 4, 9, 9, 5, 8], 9, "left")
+    bias = np.where(np.tril(np.ones((9, 9), bool)), rng.normal(size=(8, 14, 9, 9)), -np.inf).astype(np.float32)
+    np.savez(folder / "inputs.npz", ids=ids, mask=mask, bias=bias)
+    command = [sys.executable, "-m", "tests.mesh_worker", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tokens, seen = torch.tensor(ids.astype(np.int64)), torch.tensor(mask)
+    with torch.no_grad():
+        position_ids = (seen.cumsum(1) - 1).clamp(min=0)
+        logits = theirs(tokens, attention_mask=seen, position_ids=position_ids).logits
+        greedy = theirs.generate(
+            tokens, attention_mask=seen, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    reference = {"theirs/logits": logits.numpy(), "theirs/greedy": greedy.numpy(), "mask": mask, "folder": folder}
+    return {**np.load(folder / "results.npz"), **reference}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_logits_and_greedy_tokens(worker, mesh):
+    """Logits within 1e-5 of one device's, tokens identical; and nothing compiles twice."""
+    close(worker[f"logits/{mesh}"], worker["logits/one"], relative=1e-5)
+    close(worker["logits/one"], worker["theirs/logits"], where=worker["mask"] == 1)
+    assert (worker[f"greedy/{mesh}"] == worker["greedy/one"]).all()
+    assert (worker["greedy/one"] == worker["theirs/greedy"]).all()
+    assert worker[f"compiled/{mesh}"] == 0
+
+
+@pytest.mark.parametrize("mesh", EVERYTHING)
+def test_every_kind_of_decoding(worker, mesh):
+    """Beams, sampling, processors on the host, a cache that goes on: the tokens of one device."""
+    for kind in ("beams", "sampled", "host", "continued"):
+        assert (worker[f"{kind}/{mesh}"] == worker[f"{kind}/one"]).all(), kind
+    close(worker[f"steps/{mesh}"], worker["steps/one"], relative=1e-5)
+
+
+@pytest.mark.parametrize("mesh", EVERYTHING)
+def test_heads_show_as_in_the_checkpoint(worker, mesh):
+    """Masks and attentions have the checkpoint's 14 heads, and so have saved weights, byte for byte."""
+    close(worker[f"biased/{mesh}"], worker["biased/one"], relative=1e-5)
+    assert worker[f"attentions/{mesh}"].shape == (LAYERS, 8, 14, 9, 9)
+    close(worker[f"attentions/{mesh}"], worker["attentions/one"], relative=1e-5)
+    with open_checkpoint(worker["folder"]) as stored, open_checkpoint(worker["folder"] / mesh) as saved:
+        assert sorted(stored.tensors) == sorted(saved.tensors)
+        for name in stored.tensors:
+            assert np.array_equal(stored.read(name), saved.read(name)), name
+
+
+COLLECTIVE = re.compile(r"= (\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+@pytest.mark.parametrize("mesh", ["1x8", "2x4", "4x2"])
+def test_collectives_of_decoding(worker, mesh):
+    """Two all-reduces a layer and one of the embedding, [rows, 1, 56] each; of the rest none is of hidden size."""
+    found = Counter((op, shape.split("{")[0]) for shape, op in COLLECTIVE.findall(str(worker[f"hlo/{mesh}"])))
+    rows = 8 // MESHES[mesh][0]
+    assert found.pop(("all-reduce", f"f32[{rows},1,56]")) == 2 * LAYERS + 1
+    in_the_loop = [key for key in found if not key[1].startswith(("s32[8,512]", "s32[4,8]", "pred[4,8]"))]
+    for op, shape in in_the_loop:
+        sizes = [int(n) for n in re.findall(r"\d+", shape.split("[")[1])]
+        assert np.prod(sizes) <= 8, (op, shape)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "parts", "padded", "repeated"),
+    [
+        (14, 2, 2, 14, 2), (14, 2, 4, 16, 4), (14, 2, 8, 16, 8), (14, 2, 16, 16, 16),  # 0.5B
+        (12, 2, 4, 12, 4), (12, 2, 8, 16, 8),  # 1.5B
+        (16, 2, 16, 16, 16),  # 3B
+        (28, 4, 4, 28, 4), (28, 4, 8, 32, 8), (28, 4, 16, 32, 16),  # 7B
+        (40, 8, 16, 48, 16),  # 14B and 32B
+        (64, 8, 16, 64, 16),  # 72B
+        (6, 3, 2, 6, 6), (6, 3, 1, 6, 3),
+    ],
+)  # fmt: skip
+def test_head_layout(rng, heads, kv_heads, parts, padded, repeated):
+    """Each device has whole groups; every query head keeps its key/value head; the inverse gives it back."""
+    H, D = 4, 8
+    config = Qwen2Config(
+        hidden_size=D, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=H, num_hidden_layers=1
+    )
+    layout = HeadLayout.fit(config, parts)
+    assert (len(layout.queries), len(layout.keys)) == (padded, repeated)
+    assert padded % repeated == 0
+    assert repeated % parts == 0
+    assert [layout.queries[place] for place in layout.own_queries] == list(range(heads))
+    for place, head in enumerate(layout.queries):
+        if head >= 0:
+            assert layout.keys[place // (padded // repeated)] == head // (heads // kv_heads)
+    laid = layout.replace_in(config)
+    assert (laid.num_attention_heads, laid.num_key_value_heads, laid.head_dim) == (padded, repeated, H)
+    for owner, shape in {"q_proj": (heads * H, D), "k_proj": (kv_heads * H, D), "o_proj": (D, heads * H)}.items():
+        weight = rng.normal(size=shape).astype(np.float32)
+        path = ("self_attn", owner, "weight")
+        moved = layout.apply(path, jnp.asarray(weight))
+        assert layout.stored_shape(path, moved.shape) == shape
+        assert np.array_equal(layout.undo(path, moved), weight)
+        if owner == "o_proj":
+            columns = np.asarray(moved).reshape(D, padded, H)
+            zero = [place for place, head in enumerate(layout.queries) if head < 0]
+            assert not columns[:, zero].any()
+
+
+def test_parts_of_a_checkpoint(rng, tmp_path):
+    """Any box of any tensor in the layout of a mesh, from the file: the values, and the bytes that they have there."""
+    layout = HeadLayout.fit(Qwen2Config.from_dict(CONFIG), 4)
+    names = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "v_proj.bias", "o_proj.weight", "down_proj.weight")
+    shapes = ((112, 56), (112,), (16, 56), (16,), (56, 112), (56, 96))
+    stored = {f"self_attn.{n}": rng.normal(size=s).astype(np.float32) for n, s in zip(names, shapes, strict=True)}
+    for layout_on_disk in ("checkpoint", "linen"):
+        folder = tmp_path / layout_on_disk
+        save_params(stored, folder, to="flax", layout=layout_on_disk)
+        with open_checkpoint(folder) as checkpoint:
+            for name, value in stored.items():
+                path = tuple(name.split("."))
+                whole = np.asarray(layout.apply(path, jnp.asarray(value)))
+                for _ in range(10):
+                    box = tuple(tuple(sorted(rng.choice(size + 1, 2, replace=False))) for size in whole.shape)
+                    wanted = whole[tuple(slice(*ends) for ends in box)]
+                    counter = Bytes()
+                    part = read_part(checkpoint.tensors[name], box, layout, path, counter)
+                    assert np.array_equal(part, wanted)
+                    assert np.count_nonzero(wanted) * 4 <= counter.nbytes <= wanted.nbytes
+
+
+def test_every_parameter_has_a_rule():
+    """On a mesh that divides all axes, each weight is cut along it; norms are whole."""
+    device = jax.devices()[0]
+    sharding = Sharding.fit(make_mesh(devices=[device]), Qwen2Config.from_dict(CONFIG))
+    for path, shape in param_shapes(AutoModelForCausalLM.module_of(Qwen2Config.from_dict(CONFIG))).items():
+        spec = sharding.of_parameter(path, shape).spec
+        assert "tensor" in spec or path[-2].endswith("norm"), path
+    with pytest.raises(ValueError, match=r"model.gate.weight \[4, 4\]: no rule in flaxqwen.sharding.PARAMETER_RULES"):
+        sharding.of_parameter(("model", "gate", "weight"), (4, 4))
+
+
+def test_what_is_refused():
+    config = Qwen2Config.from_dict(CONFIG)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    assert mesh.shape == {"data": 1, "fsdp": 1, "tensor": 1}
+    with pytest.raises(ValueError, match="does not make up 1 devices"):
+        make_mesh(3, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="one of them may be -1"):
+        make_mesh(-1, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="'heds' is no logical axis"):
+        AutoModelForCausalLM.from_config(config, mesh=mesh, mesh_axes={"heds": ()})
+    with pytest.raises(ValueError, match="axis 'model', of 'heads', is not in the mesh"):
+        AutoModelForCausalLM.from_config(config, mesh=mesh, mesh_axes={"heads": ("model",)})
