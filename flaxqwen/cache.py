@@ -115,6 +115,13 @@ def grow_cache(cache: KVCache, *, capacity: int) -> KVCache:
     return cache.grow(capacity)
 
 
+@partial(jax.jit, static_argnames=("rows", "skip"))
+def cut_cache(cache: KVCache, *, rows: int, skip: int) -> KVCache:
+    """The first `rows` rows, without their first `skip` slots."""
+    layers = jax.tree.map(lambda a: a[:rows, :, skip:], cache.layers)
+    return cache.replace(layers=layers, length=cache.length[:rows])
+
+
 @partial(jax.jit, static_argnames="copies")
 def repeat_cache(cache: KVCache, *, copies: int) -> KVCache:
     """`KVCache.repeat` as one program."""

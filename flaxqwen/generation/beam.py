@@ -24,9 +24,9 @@ from jax.typing import ArrayLike, DTypeLike
 from flaxqwen.cache import KVCache, repeat_cache
 from flaxqwen.generation.config import ResolvedConfig
 from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, Control, make_choice, start
-from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform
-from flaxqwen.generation.loop import Params, Prompt, run_model, run_prompt, settled
-from flaxqwen.generation.sampling import TokenChoice, process
+from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform, prompt_cache
+from flaxqwen.generation.loop import Params, Prompt, for_each_prompt, run_model, run_prompt, settled
+from flaxqwen.generation.sampling import TokenChoice, guide, process
 from flaxqwen.models.outputs import ModelOutput
 
 # Added to the score of a hypothesis that must not win, as in Transformers: it still wins over -inf.
@@ -57,6 +57,7 @@ class BeamChoice(flax.struct.PyTreeNode):
 
     token: the processors, the end-of-sequence ids, the seed, and whether to draw.
     prompt_length, max_length: int32, columns; a hypothesis of max_length has ended.
+    prompt_slots: int32, cache slots of a prompt: its columns, unless it is of embeddings or has guidance's padding.
     kept: int32, how many of the candidates count: max(2, 1 + number of end-of-sequence ids) * M, so that M of them go
         on whatever ends.
     length_penalty: float32, the power of the length that scores are divided by.
@@ -67,6 +68,7 @@ class BeamChoice(flax.struct.PyTreeNode):
     token: TokenChoice
     prompt_length: ArrayLike
     max_length: ArrayLike
+    prompt_slots: ArrayLike
     kept: ArrayLike
     length_penalty: ArrayLike
     stop_when_full: ArrayLike
@@ -91,7 +93,7 @@ class Beams(flax.struct.PyTreeNode):
 
 
 class BeamState(flax.struct.PyTreeNode):
-    """The scan's carry.
+    """The scan's carry. With guidance, the cache, slot_mask and position have the rows of negative prompts too.
 
     cache: keys and values of every token of the running beams but the newest, [B * M] rows; its length is a scalar.
     slot_mask: [B * M, S] bool, False at padding; None when there is none.
@@ -188,7 +190,7 @@ def decode(
         logits, cache, _states = run_model(
             module,
             weights,
-            newest.reshape(-1, 1),
+            for_each_prompt(newest.reshape(-1, 1), state.position),
             (),
             attention_mask=state.slot_mask,
             position_ids=state.position[:, None],
@@ -197,7 +199,9 @@ def decode(
         after, output = _advance(state.replace(cache=cache), choice, logits, keep_scores, keep_logits)
         parents = _column(after.running.sources, state.cur_len).reshape(-1)
         parents = jnp.where(state.done, jnp.arange(len(parents)), parents)
-        return after.replace(cache=_reorder(after.cache, parents, choice.prompt_length)), output
+        if choice.token.guidance is not None:
+            parents = jnp.concatenate([parents, parents + len(parents)])
+        return after.replace(cache=_reorder(after.cache, parents, choice.prompt_slots)), output
 
     return settled(module, jax.lax.scan(step, state, None, length=steps))
 
@@ -206,10 +210,12 @@ def _advance(
     state: BeamState, choice: BeamChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool
 ) -> tuple[BeamState, BeamOutput]:
     """One step of the search, from the logits [B * M, V] of the running beams' next tokens; none, once it is done."""
-    logits = logits.astype(jnp.float32)
+    logits, scores = guide(choice.token, logits.astype(jnp.float32))
+    if choice.token.guidance is None:
+        scores = jax.nn.log_softmax(scores)
     B, M, W = state.running.sequences.shape
     sequences = state.running.sequences.reshape(B * M, W)
-    scores = process(choice.token.processors, sequences, jax.nn.log_softmax(logits), state.cur_len)
+    scores = process(choice.token.processors, sequences, scores, state.cur_len)
     found, counts = _continue(state, choice, scores)
     running = _best(found.replace(scores=found.scores + jnp.where(found.ended, EXCLUDED, 0.0)), M)
     finished = _finish(state, choice, found)
@@ -228,7 +234,8 @@ def _advance(
     # Once done, a step writes to the cache out of sight, and the rest stays as it is.
     after = jax.tree.map(partial(jnp.where, state.done), state.replace(cache=None), after.replace(cache=None))
     output = BeamOutput(state.done, after.done, scores if keep_scores else None, logits if keep_logits else None)
-    return after.replace(cache=state.cache.replace(length=after.cur_len - 1)), output
+    length = state.cache.length - 1 + (after.cur_len - state.cur_len)
+    return after.replace(cache=state.cache.replace(length=length)), output
 
 
 def _continue(state: BeamState, choice: BeamChoice, scores: jax.Array) -> tuple[Beams, jax.Array]:
@@ -268,7 +275,7 @@ def _gumbel(token: TokenChoice, position: jax.Array, shape: tuple[int, ...]) -> 
     def draw(row: jax.Array, at: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(base, row), at), shape[1:])
 
-    return jax.vmap(draw)(jnp.arange(shape[0]), position.reshape(shape[:2])[:, 0] + 1)
+    return jax.vmap(draw)(jnp.arange(shape[0]), position[: shape[0] * shape[1] : shape[1]] + 1)
 
 
 def _finish(state: BeamState, choice: BeamChoice, found: Beams) -> Beams:
@@ -331,7 +338,7 @@ def _set_column(array: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array
     return jax.lax.dynamic_update_index_in_dim(array, values.astype(array.dtype), at, axis=2)
 
 
-def _reorder(cache: KVCache, parents: jax.Array, prompt_length: ArrayLike) -> KVCache:
+def _reorder(cache: KVCache, parents: jax.Array, prompt_slots: ArrayLike) -> KVCache:
     """The cache with row `parents[i]` in row i; in place, block by block of slots.
 
     The prompt's slots are equal in all beams of a prompt and stay; what moves grows with the new tokens only. A block
@@ -348,7 +355,7 @@ def _reorder(cache: KVCache, parents: jax.Array, prompt_length: ArrayLike) -> KV
 
         return jax.tree.map(gather, layers)
 
-    first, last = jnp.asarray(prompt_length) // block, -(-cache.length // block)
+    first, last = jnp.asarray(prompt_slots) // block, -(-cache.length // block)
     return cache.replace(layers=jax.lax.fori_loop(first, last, move, cache.layers))
 
 
@@ -365,7 +372,6 @@ def check_beams(options: ResolvedConfig, request: Inputs, control: Control, stre
         or stopping.seconds is not None,
         "prefix_allowed_tokens_fn, and a logits_processor called on the host,": control.processes_on_host,
         "output_attentions and output_hidden_states": options.output_attentions or options.output_hidden_states,
-        "inputs_embeds": request.embeds is not None,
     }
     found = [name for name, present in asked.items() if present]
     if found:
@@ -385,7 +391,7 @@ def search(
     """
     steps, ahead = CHUNK.get(platform(model.params), DEFAULT_CHUNK)
     choice = make_beam_choice(request, options, control, model.config.vocab_size)
-    length, copies = request.input_ids.shape[1], options.num_beams
+    copies = options.num_beams
     if cache is not None:  # the rows must part before the rest of the prompt is run: the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
     keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
@@ -395,13 +401,13 @@ def search(
     outputs: list[BeamOutput] = []
     while not outputs or not outputs[-1].done[-1]:
         while dispatched < options.max_new_tokens and len(queue) <= ahead:
-            bound = min(bucket(length + dispatched + steps, SMALLEST_CACHE), state.cache.capacity)
+            bound = min(bucket(request.length + dispatched + steps, SMALLEST_CACHE), state.cache.capacity)
             state = state.replace(cache=state.cache.replace(bound=bound))
             state, output = decode(model.module, model.params, state, choice, steps=steps, **keep)
             queue.append(output)
             dispatched += steps
         outputs.append(jax.device_get(queue.popleft()))
-    return _result(state, jax.tree.map(lambda *a: np.concatenate(a), *outputs), options, length)
+    return _result(state, jax.tree.map(lambda *a: np.concatenate(a), *outputs), options, request)
 
 
 def make_beam_choice(request: Inputs, options: ResolvedConfig, control: Control, vocab_size: int) -> BeamChoice:
@@ -411,6 +417,7 @@ def make_beam_choice(request: Inputs, options: ResolvedConfig, control: Control,
         token=make_choice(request, options, M, vocab_size, control),
         prompt_length=np.int32(request.input_ids.shape[1]),
         max_length=np.int32(options.max_length),
+        prompt_slots=np.int32(request.length),
         kept=np.int32((1 + ends) * M),
         length_penalty=np.float32(options.length_penalty),
         stop_when_full=np.bool_(options.early_stopping is True),
@@ -421,22 +428,26 @@ def make_beam_choice(request: Inputs, options: ResolvedConfig, control: Control,
 
 
 def _result(
-    state: BeamState, output: BeamOutput, options: ResolvedConfig, prompt_length: int
+    state: BeamState, output: BeamOutput, options: ResolvedConfig, request: Inputs
 ) -> GenerateBeamDecoderOnlyOutput:
     """The best hypotheses of each prompt, cut at the longest one's end."""
+    prompt_length = request.input_ids.shape[1]
     finished = jax.device_get(state.finished)
     best = jax.tree.map(lambda a: a[:, : options.num_return_sequences].reshape(-1, *a.shape[2:]), finished)
     ends = prompt_length + (best.sources >= 0).sum(axis=1)
     sequences = np.where(np.arange(best.sequences.shape[1]) < ends[:, None], best.sequences, _fill(options))
     count = int((~output.idle).sum())
-    length = np.full(state.position.shape, prompt_length + count - 1, np.int32)
+    cache = None
+    if options.use_cache:
+        length = np.full(state.position.shape, request.length + count - 1, np.int32)
+        cache = prompt_cache(state.cache.replace(length=length, bound=None), request)
     return GenerateBeamDecoderOnlyOutput(
         sequences=sequences[:, : ends.max()].astype(np.int32),
         sequences_scores=best.scores if options.output_scores else None,
         scores=None if output.scores is None else tuple(output.scores[:count]),
         logits=None if output.logits is None else tuple(output.logits[:count]),
         beam_indices=best.sources[:, prompt_length : ends.max()],
-        past_key_values=state.cache.replace(length=length, bound=None) if options.use_cache else None,
+        past_key_values=cache,
     )
 
 

@@ -47,9 +47,30 @@ class Traced(flax.struct.PyTreeNode):
     takes_cur_len: bool = flax.struct.field(pytree_node=False)
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array:
-        if self.takes_cur_len:
-            return self.static.function(input_ids, scores, cur_len=cur_len)
-        return self.static.function(Unread(), scores)
+        if not self.takes_cur_len:
+            return self.static.function(Unread(), scores)
+        return by_rows(self.static.function, input_ids, scores, cur_len)
+
+
+class TracedPytree(flax.struct.PyTreeNode):
+    """The same for a callable that is a pytree: its values are traced."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array:
+        return by_rows(self.function, input_ids, scores, cur_len)
+
+
+def by_rows(function: Callable[..., Any], input_ids: jax.Array, scores: jax.Array, cur_len: Any) -> jax.Array:
+    """What a user's callable gives; where cur_len is [B], which it does not expect, of each row by itself."""
+    if not jnp.ndim(cur_len):
+        return function(input_ids, scores, cur_len=cur_len)
+
+    def alone(ids: jax.Array, row: jax.Array, length: jax.Array) -> jax.Array:
+        result = jnp.asarray(function(ids[None], row[None], cur_len=length))
+        return result.reshape(result.shape[1:])
+
+    return jax.vmap(alone)(input_ids, scores, cur_len)
 
 
 class Unread:
@@ -100,7 +121,7 @@ def wrap(
         its shape and dtype, B and V.
 
     Returns:
-      Of each a HostCall, or what can be traced: a Traced, or the callable itself where it is a pytree.
+      Of each a HostCall, or what can be traced: a Traced, a TracedPytree, or a processor of ours as it is.
 
     Raises:
       ValueError: not a list of callables; a parameter that nobody would fill.
@@ -125,7 +146,11 @@ def _wrap(name: str, function: Any, rows: int, vocab_size: int, check: Callable[
     if is_transformers(function):
         return HostCall(function)
     is_pytree = not jax.tree_util.treedef_is_leaf(jax.tree.structure(function))
-    traced = function if is_pytree else Traced(ByIdentity(function), takes_cur_len(function))
+    traced: Any = function
+    if not is_pytree:
+        traced = Traced(ByIdentity(function), takes_cur_len(function))
+    elif not type(function).__module__.startswith("flaxqwen."):
+        traced = TracedPytree(function)
     shape = _trace(traced, rows, vocab_size)
     if shape is None:
         return HostCall(function)

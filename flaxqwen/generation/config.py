@@ -21,17 +21,14 @@ FILE_NAME = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # where nobody set a length
 
 # Options that are not built yet, and the values which leave them without effect; any other value is refused by name.
-# To support an option, delete its row. Options that act only with a draft model (num_assistant_tokens, ...)
-# need no row while that is refused.
+# To support an option, delete its row.
 NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
     "cache_implementation": (None, "dynamic", "static", "sliding_window", "hybrid", "hybrid_chunked"),
     "cache_config": (None,),
     "max_cache_len": (None,),
     "prefill_chunk_size": (None,),
     "token_healing": (None, False),
-    "guidance_scale": (None, 1.0),
     "is_assistant": (None, False),
-    "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
     "speculation_type": (None,),
 }

@@ -50,6 +50,8 @@ def run_custom(
     (input_ids, scores) for all that the call asks for; inputs_embeds, past_key_values, streamer, tokenizer; and its own
     arguments. As in Transformers, where it is the decoding method of `generate`.
     """
+    if request.guided is not None:
+        raise ValueError("guidance_scale cannot go with custom_generate: it is part of the compiled loop")
     copies = options.num_return_sequences
     expanded = request.repeat(copies)
     choice = make_choice(request, options, copies, model.config.vocab_size, control)

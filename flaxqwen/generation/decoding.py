@@ -177,8 +177,7 @@ def make_choice(
     request: Inputs, options: ResolvedConfig, copies: int, vocab_size: int, control: Control
 ) -> TokenChoice:
     """The processors that are asked for, the draw, and what ends a row."""
-    mask = request.attention_mask[:, : request.input_ids.shape[1]]
-    build = partial(build_processors, options, request.input_ids, mask, copies, vocab_size)
+    build = partial(build_processors, options, request.input_ids, request.prompt_mask, copies, vocab_size)
     processors: tuple[Any, ...] = build(custom=control.processors)
     if control.allowed is not None:
         place = sum(isinstance(processor, BEFORE_ALLOWED) for processor in build())
@@ -192,5 +191,6 @@ def make_choice(
         pad_id=np.int32(pad if stopping.fills else -1),
         seed=seed,
         criteria=stopping.traced,
+        guidance=None if request.guided is None else np.float32(options.guidance_scale),
         do_sample=options.do_sample,
     )

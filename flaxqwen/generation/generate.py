@@ -16,7 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from flaxqwen.cache import KVCache
-from flaxqwen.generation import loop
+from flaxqwen.generation import assisted, loop
+from flaxqwen.generation.assisted import Drafter, make_drafter
 from flaxqwen.generation.beam import GenerateBeamDecoderOnlyOutput, check_beams, search
 from flaxqwen.generation.callables import HostCall, check_scores, wrap
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig, resolve
@@ -30,6 +31,8 @@ from flaxqwen.generation.inputs import (
     check_attention_mask,
     check_embeds,
     check_input_ids,
+    prompt_cache,
+    with_negative,
 )
 from flaxqwen.generation.outputs import GenerateDecoderOnlyOutput
 from flaxqwen.generation.stopping import make_stopping
@@ -39,7 +42,8 @@ from flaxqwen.generation.streamers import Stream, Streamer, text_pieces
 ARGUMENTS = (
     "inputs", "input_ids", "attention_mask", "past_key_values", "generation_config", "logits_processor",
     "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer", "inputs_embeds",
-    "custom_generate",
+    "custom_generate", "assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask",
+    "assistant_tokenizer",
 )  # fmt: skip
 
 
@@ -51,12 +55,15 @@ def generate(
     stopping_criteria: Sequence[Callable[..., Any]] | None = None,
     prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None,
     synced_gpus: bool | None = None,
+    assistant_model: CausalLM | None = None,
+    streamer: Streamer | None = None,
+    negative_prompt_ids: ArrayLike | None = None,
+    negative_prompt_attention_mask: ArrayLike | None = None,
     *,
     input_ids: ArrayLike | None = None,
     attention_mask: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
     inputs_embeds: ArrayLike | None = None,
-    streamer: Streamer | None = None,
     tokenizer: Any = None,
     custom_generate: Callable[..., Any] | None = None,
     **options: Any,
@@ -75,6 +82,9 @@ def generate(
       stopping_criteria: callables -> bool, or [B] of them; each ends the rows for which it holds, besides all else.
       prefix_allowed_tokens_fn: (row, its tokens so far) -> the ids that may follow; called on the host at every step.
       synced_gpus: without effect: all devices run one program.
+      assistant_model: a smaller model with the same tokenizer that drafts tokens; see assisted.run.
+      negative_prompt_ids, negative_prompt_attention_mask: [B, Q], what guidance_scale leads away from; default: the
+        prompt's last token.
       attention_mask: [B, P] of 0 and 1; default: as Transformers infers it from the pad token, where it can.
       past_key_values: the cache of an earlier generate() or forward over a beginning of input_ids; only the rest is
         run. It is donated: use the one in the result from then on.
@@ -97,8 +107,10 @@ def generate(
     own = own_arguments(custom_generate, options)
     call = prepare(
         model, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus,
-        input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
-        inputs_embeds=inputs_embeds, tokenizer=tokenizer, **options,
+        assistant_model, negative_prompt_ids=negative_prompt_ids,
+        negative_prompt_attention_mask=negative_prompt_attention_mask, input_ids=input_ids,
+        attention_mask=attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+        tokenizer=tokenizer, **options,
     )  # fmt: skip
     if custom_generate is not None:
         return run_custom(
@@ -130,7 +142,7 @@ def generate(
         scores=tuple(s for o in steps if o.scores is not None for s in o.scores) if resolved.output_scores else None,
         logits=tuple(s for o in steps if o.logits is not None for s in o.logits) if resolved.output_logits else None,
         **{name: tuple(layer_states(steps, name, call.request)) for name in loop.STATES if getattr(steps[0], name)},
-        past_key_values=cache if resolved.use_cache else None,
+        past_key_values=prompt_cache(cache, call.request) if cache is not None and resolved.use_cache else None,
     )
 
 
@@ -163,13 +175,14 @@ def token_pieces(call: Call) -> Generator[np.ndarray, None, None]:
 
 def layer_states(outputs: list[Any], name: str, request: Inputs) -> Iterator[tuple[np.ndarray, ...]]:
     """The attentions or hidden states of each step, for each layer, without what padding and later slots hold."""
-    tokens, slots = request.length - request.cached, request.length
+    skip = 0 if request.guided is None else request.length - request.input_ids.shape[1]
+    tokens, slots = slice(skip, request.length - request.cached), request.length
     for output in outputs:
         for step in range(len(output.tokens)):
             layers = (layer[step] for layer in getattr(output, name))
-            seen = (..., slice(tokens), slice(slots)) if name == "attentions" else (slice(None), slice(tokens))
+            seen = (..., tokens, slice(skip, slots)) if name == "attentions" else (slice(None), tokens)
             yield tuple(np.asarray(layer[seen]) for layer in layers)
-            tokens, slots = 1, slots + 1
+            tokens, slots = slice(1), slots + 1
 
 
 @dataclass(frozen=True)
@@ -181,6 +194,7 @@ class Call:
     options: ResolvedConfig
     control: Control
     cache: KVCache | None
+    drafter: Drafter | None = None
 
     @property
     def prompts(self) -> np.ndarray:
@@ -188,8 +202,9 @@ class Call:
         return self.request.repeat(self.options.num_return_sequences).input_ids
 
     def run(self) -> Iterator[tuple[loop.StepOutput, KVCache]]:
-        """See decoding.run."""
-        return run(self.model, self.request, self.options, self.control, self.cache)
+        """See decoding.run, and assisted.run."""
+        call = (self.model, self.request, self.options, self.control)
+        return run(*call, self.cache) if self.drafter is None else assisted.run(*call, self.drafter, self.cache)
 
     def steps(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The tokens [B] of each step, and which rows [B] had ended before it."""
@@ -208,7 +223,10 @@ def prepare(
     stopping_criteria: Any = None,
     prefix_allowed_tokens_fn: Any = None,
     synced_gpus: bool | None = None,  # all devices run one program
+    assistant_model: CausalLM | None = None,
     *,
+    negative_prompt_ids: ArrayLike | None = None,
+    negative_prompt_attention_mask: ArrayLike | None = None,
     input_ids: ArrayLike | None = None,
     attention_mask: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
@@ -217,6 +235,10 @@ def prepare(
     **options: Any,
 ) -> Call:
     """Check the arguments of generate(), and bring them into the loop's form. Raises ValueError."""
+    if options.pop("assistant_tokenizer", None) is not None:
+        raise ValueError(
+            "assistant_tokenizer is not supported: the assistant_model must have the model's own tokenizer"
+        )
     ids = _one_of(inputs, input_ids)
     if ids is None and inputs_embeds is None:
         ids = _bos_prompt(model, generation_config, options)
@@ -237,6 +259,11 @@ def prepare(
     if embeds is not None and past_key_values is not None:
         raise ValueError("inputs_embeds cannot go with past_key_values: the cache is matched by token ids")
     request = Inputs(ids, mask, cached_length(past_key_values, ids), embeds)
+    negative = (negative_prompt_ids, negative_prompt_attention_mask)
+    if resolved.guidance_scale not in (None, 1.0):
+        request = with_negative(request, *negative, model.config)
+    elif any(given is not None for given in negative):
+        warnings.warn("negative_prompt_ids have no effect without a guidance_scale other than 1", stacklevel=3)
     rows, vocab_size = len(ids) * resolved.num_return_sequences, model.config.vocab_size
     processors = wrap("logits_processor", logits_processor, rows, vocab_size, check_scores)
     stopping, resolved = make_stopping(resolved, stopping_criteria, tokenizer, rows, vocab_size)
@@ -245,7 +272,8 @@ def prepare(
     allowed = None if prefix_allowed_tokens_fn is None else AllowedTokens(prefix_allowed_tokens_fn)
     control = Control(stopping, processors, allowed)
     _warn(resolved.max_length, model.config.max_position_embeddings, control)
-    return Call(model, request, resolved, control, past_key_values)
+    drafter = make_drafter(assistant_model, resolved, options, request, control)
+    return Call(model, request, resolved, control, past_key_values, drafter)
 
 
 def _without_ids(options: ResolvedConfig) -> ResolvedConfig:

@@ -23,7 +23,7 @@ from flaxqwen.cache import KVCache
 from flaxqwen.generation import loop
 from flaxqwen.generation.callables import HostCall, check_scores
 from flaxqwen.generation.processors import LogitsProcessor
-from flaxqwen.generation.sampling import TokenChoice, process
+from flaxqwen.generation.sampling import TokenChoice, guide, process
 
 
 @partial(
@@ -46,6 +46,7 @@ def _run_newest(
 
 _append = jax.jit(loop.append, donate_argnames="state")
 _process = jax.jit(process)
+_guide = jax.jit(lambda choice, logits: guide(choice, logits.astype(np.float32)))
 
 
 class AllowedTokens(HostCall):
@@ -125,18 +126,18 @@ def _extend(
     states: loop.States,
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
-    logits = _process((), state.input_ids, logits, state.cur_len)  # float32
-    scores = process_on_host(choice.processors, state, logits)
+    logits, scores = _guide(choice.replace(processors=(), criteria=()), logits)
+    scores = process_on_host(choice.processors, state, scores)
     state, tokens = _append(state, choice.replace(processors=()), scores)
     kept = scores if keep_scores else None, logits if keep_logits else None
     # Off the device at once: the state is donated to the next step, and `finished` with it.
-    output = jax.device_get(loop.StepOutput(tokens, state.finished, *kept).replace(**states))
+    output = jax.device_get(loop.StepOutput(tokens, state.finished, *kept).replace(**loop.of_prompts(states, tokens)))
     return state, jax.tree.map(lambda a: a[None], output)
 
 
-def process_on_host(processors: tuple[LogitsProcessor, ...], state: loop.DecodeState, logits: jax.Array) -> jax.Array:
-    """Scores [B, V] from logits [B, V]: host processors between the runs of those that are traced."""
-    scores: Any = logits
+def process_on_host(processors: tuple[LogitsProcessor, ...], state: loop.DecodeState, scores: Any) -> jax.Array:
+    """Scores [B, V] processed: host processors between the runs of those that are traced."""
+    vocab_size = scores.shape[1]
     for on_host, group in itertools.groupby(processors, lambda processor: isinstance(processor, HostCall)):
         if not on_host:
             scores = _process(tuple(group), state.input_ids, scores, state.cur_len)
@@ -145,6 +146,6 @@ def process_on_host(processors: tuple[LogitsProcessor, ...], state: loop.DecodeS
         for processor in group:
             assert isinstance(processor, HostCall)
             scores = processor(input_ids, np.asarray(scores))
-            check_scores(processor.name, scores, len(input_ids), logits.shape[1])
+            check_scores(processor.name, scores, len(input_ids), vocab_size)
         scores = scores.astype(np.float32)
     return scores

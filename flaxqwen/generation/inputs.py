@@ -7,7 +7,7 @@ Axes: B batch (prompts), P columns of the prompts, T new prompt tokens, S cache 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from flaxqwen.cache import KVCache
+from flaxqwen.cache import KVCache, cut_cache
 from flaxqwen.config import Qwen2Config
 from flaxqwen.generation import loop
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig
@@ -43,17 +43,24 @@ class Inputs:
 
     input_ids: [B, P] int32; [B, 0] where the prompts are embeddings alone.
     attention_mask: [B, P] bool. cached: how many columns the cache holds. embeds: [B, P, D] float32, or None.
+    guided: [2B, P'] int32, the prompts and then the negative ones of guidance, or None; attention_mask is then of it.
     """
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
     cached: int = 0
     embeds: np.ndarray | None = None
+    guided: np.ndarray | None = None
 
     @property
     def length(self) -> int:
-        """P: tokens of each prompt, padding included."""
+        """Tokens of each prompt, padding included, as the model runs them."""
         return self.attention_mask.shape[1]
+
+    @property
+    def prompt_mask(self) -> np.ndarray:
+        """[B, P] bool, of input_ids."""
+        return self.attention_mask[: len(self.input_ids), self.length - self.input_ids.shape[1] :]
 
     @property
     def padded(self) -> bool:
@@ -62,9 +69,19 @@ class Inputs:
 
     def repeat(self, copies: int) -> Inputs:
         """Each row `copies` times, next to itself."""
-        arrays = (self.input_ids, self.attention_mask, self.embeds)
-        ids, mask, embeds = jax.tree.map(lambda a: np.repeat(a, copies, axis=0), arrays)
-        return Inputs(ids, mask, self.cached, embeds)
+        arrays = (self.input_ids, self.attention_mask, self.embeds, self.guided)
+        ids, mask, embeds, guided = jax.tree.map(lambda a: np.repeat(a, copies, axis=0), arrays)
+        return Inputs(ids, mask, self.cached, embeds, guided)
+
+    def guide(self, negative_ids: np.ndarray, negative_mask: np.ndarray) -> Inputs:
+        """With negative prompts [B, Q] for guidance, both padded on the left to one length."""
+        width = max(self.length, negative_ids.shape[1])
+
+        def stack(*parts: np.ndarray) -> np.ndarray:
+            return np.concatenate([np.pad(part, ((0, 0), (width - part.shape[1], 0))) for part in parts])
+
+        mask = stack(self.attention_mask, negative_mask)
+        return replace(self, attention_mask=mask, guided=stack(self.input_ids, negative_ids))
 
 
 def bucket(n: int, smallest: int) -> int:
@@ -85,7 +102,7 @@ def make_prompt(request: Inputs, tokens: int, capacity: int) -> loop.Prompt:
         return np.pad(values, padding[: values.ndim], constant_values=value)
 
     return loop.Prompt(
-        tokens=fill((ids if request.embeds is None else request.embeds)[:, new], tokens),
+        tokens=fill(next(a for a in (request.embeds, request.guided, ids) if a is not None)[:, new], tokens),
         position_ids=fill(positions[:, new].astype(np.int32), tokens),
         slot_mask=fill(mask, capacity, True) if request.padded else None,
         input_ids=fill(ids, capacity),
@@ -144,6 +161,11 @@ def check_attention_mask(
         pad = options.pad_token_id
         inferred = pad is not None and pad not in options.eos_token_id and (ids == pad).any()
         return ids != pad if inferred else np.ones(shape, bool)
+    return check_mask(mask, shape)
+
+
+def check_mask(mask: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
+    """A mask of 0 and 1 as bool; ValueError where it is not, or not of the shape (B, P)."""
     array = np.asarray(mask)
     if array.shape != shape:
         raise ValueError(f"attention_mask has shape {array.shape}; expected {shape}, as the prompts")
@@ -168,6 +190,35 @@ def cached_length(cache: KVCache | None, ids: np.ndarray) -> int:
             "input_ids is the whole sequence, with at least one token more than the cache"
         )
     return int(lengths[0])
+
+
+def with_negative(
+    request: Inputs, negative_ids: ArrayLike | None, negative_mask: ArrayLike | None, config: Qwen2Config
+) -> Inputs:
+    """The prompts with negative ones [B, Q] beside them for guidance; default: the last token of each prompt.
+
+    Raises:
+      ValueError: negative prompts that do not fit; prompts that guidance cannot go with.
+    """
+    if request.embeds is not None or request.cached:
+        raise ValueError("guidance_scale cannot go with inputs_embeds or past_key_values: give the whole input_ids")
+    if negative_ids is None:
+        if negative_mask is not None:
+            raise ValueError("negative_prompt_attention_mask needs negative_prompt_ids")
+        return request.guide(request.input_ids[:, -1:], np.ones((len(request.input_ids), 1), bool))
+    ids = check_input_ids(negative_ids, config)
+    if len(ids) != len(request.input_ids):
+        raise ValueError(f"negative_prompt_ids has {len(ids)} rows, expected {len(request.input_ids)}, as the prompts")
+    mask = np.ones(ids.shape, bool) if negative_mask is None else check_mask(negative_mask, ids.shape)
+    return request.guide(ids, mask)
+
+
+def prompt_cache(cache: KVCache, request: Inputs) -> KVCache:
+    """The cache of the prompts' rows alone, without the padding and the negative prompts of guidance."""
+    if request.guided is None:
+        return cache
+    rows, skip = cache.layers[0].key.shape[0] // 2, request.length - request.input_ids.shape[1]
+    return cut_cache(cache.replace(length=np.asarray(cache.length) - skip), rows=rows, skip=skip)
 
 
 def cache_dtype(model: CausalLM) -> np.dtype:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxqwen.cache import KVCache, init_cache
-from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, process, stopped
+from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, guide, process, stopped
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 from flaxqwen.sharding import module_sharding, settle
 
@@ -29,7 +29,7 @@ STATES = ("attentions", "hidden_states")
 
 
 class DecodeState(flax.struct.PyTreeNode):
-    """The scan's carry.
+    """The scan's carry. With guidance, the cache, slot_mask and position have 2B rows: the negative prompts' follow.
 
     cache: keys and values of every token but the newest.
     slot_mask: [B, S] bool, False at padding; None when there is none.
@@ -67,7 +67,7 @@ class Prompt(flax.struct.PyTreeNode):
     """The part of the prompts that the cache does not hold yet, padded on the right to a bucket.
 
     tokens: [B, T] int32, or embeddings [B, T, D]. position_ids: [B, T] int32.
-    slot_mask: [B, S] bool over cache slots, or None.
+    slot_mask: [B, S] bool over cache slots, or None. With guidance these have 2B rows.
     input_ids: [B, W] int32, the whole sequences so far; cur_len: int32 scalar, their length.
     last: int32 scalar, index into tokens of the last real one.
     """
@@ -157,7 +157,7 @@ def run_prompt(
     rows = (cache.layers, prompt.slot_mask, prompt.input_ids, position, logits, states)
     layers, slot_mask, input_ids, position, logits, states = _repeat(rows, copies)
     cache = cache.replace(layers=layers)
-    finished = jnp.zeros(logits.shape[0], bool)
+    finished = jnp.zeros(input_ids.shape[0], bool)
     return DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished), logits, states
 
 
@@ -195,13 +195,18 @@ def run_newest(
     logits, cache, states = run_model(
         module,
         params,
-        newest,
+        for_each_prompt(newest, state.position),
         keep_states,
         attention_mask=state.slot_mask,
         position_ids=state.position[:, None],
         past_key_values=state.cache,
     )
     return state.replace(cache=cache), logits, states
+
+
+def for_each_prompt(tokens: jax.Array, position: jax.Array) -> jax.Array:
+    """tokens [B, T], and with guidance, where position is [2B], once more for the negative prompts."""
+    return jnp.tile(tokens, (position.shape[0] // tokens.shape[0], 1))
 
 
 def run_model(
@@ -221,17 +226,23 @@ def _extend(
     state: DecodeState, choice: TokenChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool, states: States
 ) -> tuple[DecodeState, StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
-    logits = logits.astype(jnp.float32)
-    scores = process(choice.processors, state.input_ids, logits, state.cur_len)
+    logits, scores = guide(choice, logits.astype(jnp.float32))
+    scores = process(choice.processors, state.input_ids, scores, state.cur_len)
     state, tokens = append(state, choice, scores)
     kept = scores if keep_scores else None, logits if keep_logits else None
-    return state, StepOutput(tokens, state.finished, *kept).replace(**states)
+    return state, StepOutput(tokens, state.finished, *kept).replace(**of_prompts(states, tokens))
+
+
+def of_prompts(states: States, tokens: jax.Array) -> States:
+    """Without the rows of negative prompts: as many as tokens [B]."""
+    return jax.tree.map(lambda a: a[: tokens.shape[0]], states)
 
 
 def append(state: DecodeState, choice: TokenChoice, scores: jax.Array) -> tuple[DecodeState, jax.Array]:
     """The state with the next token of each row in it, and those tokens [B], from processed scores [B, V]."""
     position, cur_len = state.position + 1, state.cur_len + 1
-    tokens = fill_finished(choice, choose(choice, scores, position), state.finished)
+    tokens = choose(choice, scores, position[: scores.shape[0]])
+    tokens = fill_finished(choice, tokens, state.finished)
     input_ids = jax.lax.dynamic_update_slice_in_dim(state.input_ids, tokens[:, None], state.cur_len, axis=1)
     finished = state.finished | stopped(choice, input_ids, scores, cur_len, tokens)
     state = state.replace(input_ids=input_ids, cur_len=cur_len, position=position, finished=finished)

@@ -30,6 +30,8 @@ class TokenChoice(flax.struct.PyTreeNode):
     pad_id: int32, what finished rows are filled with; below 0, they go on, until the last row has ended.
     seed: uint32, of all draws.
     criteria: each ends the rows for which it holds, besides the end-of-sequence ids.
+    guidance: float32, the scale of classifier-free guidance: logits then have twice the rows, the second half those of
+      the negative prompts. None: there is none.
     do_sample: draw, or take the highest score.
     """
 
@@ -38,6 +40,7 @@ class TokenChoice(flax.struct.PyTreeNode):
     pad_id: ArrayLike
     seed: ArrayLike
     criteria: tuple[Criterion, ...] = ()
+    guidance: ArrayLike | None = None
     do_sample: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -51,21 +54,38 @@ def process(
     return scores
 
 
-def choose(choice: TokenChoice, scores: jax.Array, position: jax.Array) -> jax.Array:
-    """[B] int32: the next token of each row, from scores [B, V].
+def guide(choice: TokenChoice, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logits [B, V] of the prompts' rows, and what processors begin with: those, or guided log-probabilities.
 
-    Draws are Gumbel-max with a key of the row's own, folded by the token's position [B] in its row: a row's text does
-    not depend on what else is in the batch, on padding, or on how the steps are cut into programs.
+    logits: [B, V] float32, or with guidance [2B, V]. Guidance moves the log-probabilities of the prompts away from
+    those of the negative prompts (Sanchez et al. 2023; UnbatchedClassifierFreeGuidanceLogitsProcessor in
+    transformers/generation/logits_process.py).
     """
-    if not choice.do_sample:
-        return first_largest(scores)
+    if choice.guidance is None:
+        return logits, logits
+    prompt, negative = jnp.split(logits, 2)
+    wanted, unwanted = jax.nn.log_softmax(prompt), jax.nn.log_softmax(negative)
+    return prompt, jnp.asarray(choice.guidance) * (wanted - unwanted) + unwanted
+
+
+def choose(choice: TokenChoice, scores: jax.Array, position: jax.Array) -> jax.Array:
+    """[B] int32: the next token of each row, from scores [B, V]; drawn by the keys of its position [B], or highest."""
+    return draw(row_keys(choice, position), scores) if choice.do_sample else first_largest(scores)
+
+
+def row_keys(choice: TokenChoice, position: jax.Array) -> jax.Array:
+    """[B] keys, each row's own, folded by a token's position [B] in its row.
+
+    So a row's text does not depend on what else is in the batch, on padding, or on how steps are cut into programs.
+    """
     base = jax.random.key(choice.seed)
+    rows = jnp.arange(position.shape[0])
+    return jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(base, row), at))(rows, position)
 
-    def draw(row: jax.Array, at: jax.Array, row_scores: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(base, row), at)
-        return jax.random.categorical(key, row_scores)
 
-    return jax.vmap(draw)(jnp.arange(scores.shape[0]), position, scores).astype(jnp.int32)
+def draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
+    """[B] int32 from scores [B, V], by Gumbel-max."""
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
 def first_largest(scores: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from flaxqwen.generation.processors.base import length_of
+
 SMALLEST_CLASSES, SMALLEST_BYTES = 64, 16
 
 
@@ -36,10 +38,11 @@ class StopStrings(flax.struct.PyTreeNode):
     fits: jax.Array
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike) -> jax.Array:
-        """[B] bool: whether a string ends in the newest of the cur_len tokens of input_ids [B, S]."""
+        """[B] bool: whether a string ends in the newest of the cur_len tokens ([] or [B]) of input_ids [B, S]."""
         longest = self.ends.shape[-1] - 1
-        columns = jnp.asarray(cur_len) - 1 - jnp.arange(longest)  # newest first: each holds a byte at least
-        tokens = jnp.take(input_ids, jnp.maximum(columns, 0), axis=1)
+        columns = length_of(input_ids, cur_len) - 1 - jnp.arange(longest)  # newest first: each holds a byte at least
+        take = jnp.take if columns.ndim == 1 else jnp.take_along_axis
+        tokens = take(input_ids, jnp.maximum(columns, 0), axis=1)
         classes = jnp.where(columns >= 0, self.token_class[tokens], 0)  # [B, longest]
         older = classes[:, 1:]
         lengths = self.length[older]

@@ -38,17 +38,16 @@ SUPPORTED = {
     "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
     "watermarking_config", "num_beams", "early_stopping", "length_penalty", "max_time", "stop_strings",
-    "output_attentions", "output_hidden_states",
+    "output_attentions", "output_hidden_states", "guidance_scale", "prompt_lookup_num_tokens",
+    "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_ensemble_weight",
 }
-# Without a draft model these do nothing, here and there.
-INERT = {
-    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
-    "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight",
-}
+# They are about a draft model with another tokenizer, which is refused.
+INERT = {"assistant_lookbehind", "target_lookbehind"}
 ACTIVE_VALUES: dict[str, Any] = {
     "cache_implementation": "quantized", "cache_config": {"nbits": 4}, "max_cache_len": 64,
-    "prefill_chunk_size": 8, "token_healing": True, "guidance_scale": 1.5, "is_assistant": True,
-    "prompt_lookup_num_tokens": 3, "assistant_early_exit": 1, "speculation_type": "dflash",
+    "prefill_chunk_size": 8, "token_healing": True, "is_assistant": True,
+    "assistant_early_exit": 1, "speculation_type": "dflash",
     "low_memory": True, "penalty_alpha": 0.6, "dola_layers": "high", "diversity_penalty": 0.5, "num_beam_groups": 2,
     "constraints": ["a"], "force_words_ids": [[1]], "compile_config": {"mode": "default"},
     "disable_compile": True, "use_mtp": True,

@@ -3,7 +3,7 @@
 Each is a pytree whose values (temperature, penalty, ...) are traced, so that changing a value never compiles again;
 which processors there are is static. Called as `processor(input_ids, scores, cur_len=None)`:
 
-  input_ids: [B, S] int32, of which the first cur_len columns count (all of them, when None).
+  input_ids: [B, S] int32, of which the first cur_len columns count (all of them, when None): int, or [B] of them.
   scores: [B, V] float32, with -inf for what is excluded.
   returns: [B, V] float32.
 """

@@ -84,13 +84,16 @@ def repeat_rows(prompts: jax.Array, scores: jax.Array) -> jax.Array:
 
 
 def length_of(input_ids: jax.Array, cur_len: ArrayLike | None) -> jax.Array:
-    """How many columns of input_ids count, an int32 scalar."""
-    return jnp.asarray(input_ids.shape[1] if cur_len is None else cur_len)
+    """How many columns of input_ids [B, S] count: an int32 scalar, or [B, 1] where cur_len is [B]."""
+    length = jnp.asarray(input_ids.shape[1] if cur_len is None else cur_len)
+    return length[:, None] if length.ndim else length
 
 
 def column(input_ids: jax.Array, at: jax.Array) -> jax.Array:
-    """[B, 1]: one column of input_ids [B, S]; the nearest where there is none."""
-    return jax.lax.dynamic_slice_in_dim(input_ids, at, 1, axis=1)
+    """[B, 1]: one column of input_ids [B, S], a scalar or [B, 1] of them; the nearest where there is none."""
+    if at.ndim == 0:
+        return jax.lax.dynamic_slice_in_dim(input_ids, at, 1, axis=1)
+    return jnp.take_along_axis(input_ids, at, axis=1, mode="clip")
 
 
 def ban(scores: jax.Array, ids: jax.Array, where: jax.Array) -> jax.Array:
@@ -100,12 +103,15 @@ def ban(scores: jax.Array, ids: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def suppress(scores: jax.Array, ids: ArrayLike, when: ArrayLike = True) -> jax.Array:
-    """-inf at `ids` [E] in every row, if `when`."""
+    """-inf at `ids` [E], if `when`: for all rows, or [B, 1]."""
+    if jnp.ndim(when):
+        ids = jnp.broadcast_to(jnp.asarray(ids).reshape(-1), (scores.shape[0], jnp.size(ids)))
+        return ban(scores, ids, jnp.asarray(when))
     return scores.at[:, jnp.where(when, jnp.asarray(ids), NO_ID)].set(-jnp.inf, mode="drop")
 
 
 def force(scores: jax.Array, ids: ArrayLike, when: ArrayLike) -> jax.Array:
-    """0 at `ids` [E] and -inf elsewhere in every row, if `when`."""
+    """0 at `ids` [E] and -inf elsewhere, if `when`: for all rows, or [B, 1]."""
     forced = jnp.full(scores.shape[1], -jnp.inf).at[jnp.asarray(ids)].set(0.0, mode="drop")
     return jnp.where(when, forced, scores)
 

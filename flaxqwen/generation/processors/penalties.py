@@ -103,11 +103,12 @@ class Sequences:
         return cls(prefixes, last, bias)
 
     def add_bias(self, input_ids: jax.Array, scores: jax.Array, length: jax.Array) -> jax.Array:
-        """scores [B, V] + the biases of the sequences that the next token would complete."""
+        """scores [B, V] + the biases of the sequences that the next token would complete; length as of `length_of`."""
         self.require_in_vocabulary(scores.shape[-1])
         prefixes, last = jnp.asarray(self.prefixes), jnp.asarray(self.last)
         column = length - 1 - jnp.arange(prefixes.shape[1])
-        newest = jnp.where(column >= 0, input_ids[:, jnp.maximum(column, 0)], -1)  # [B, W]
+        tokens = jnp.take if column.ndim == 1 else jnp.take_along_axis
+        newest = jnp.where(column >= 0, tokens(input_ids, jnp.maximum(column, 0), axis=1), -1)  # [B, W]
         completes = jnp.all((newest[:, None] == prefixes) | (prefixes == NO_ID), axis=-1)  # [B, N]
         bias = jnp.where(completes, jnp.asarray(self.bias), 0.0)
         return scores + jnp.zeros_like(scores).at[:, last].add(bias, mode="drop")

@@ -83,7 +83,7 @@ class SynthIDTextWatermarkLogitsProcessor:
 
         def add(k: jax.Array, value: jax.Array) -> jax.Array:
             at = length - size + k
-            token = jnp.where(at >= start, column(input_ids, at)[:, 0], 0).astype(jnp.uint32)
+            token = jnp.where(at >= start, column(input_ids, at), 0)[:, 0].astype(jnp.uint32)
             return (value + token) * np.uint32(MULTIPLIER % 2**32) + np.uint32(1)
 
         size = jnp.asarray(self.ngram_len)
