@@ -234,7 +234,7 @@ def _fill(
     state, _, _ = loop.run_prompt(
         module, params, prompt, None, capacity=capacity, cache_dtype=cache_dtype, copies=copies
     )
-    return state.cache
+    return loop.settled(module, state.cache)
 
 
 def _fill_draft(model: CausalLM, request: Inputs, room: int, copies: int) -> KVCache:

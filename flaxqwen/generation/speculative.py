@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flaxqwen.cache import KVCache
-from flaxqwen.generation.loop import DecodeState, Params, run_model
+from flaxqwen.generation.loop import DecodeState, Params, run_model, settled
 from flaxqwen.generation.processors.base import column
 from flaxqwen.generation.sampling import TokenChoice, draw, first_largest, process, row_keys, stopped
 from flaxqwen.models.outputs import CausalLMOutputWithPast
@@ -118,7 +118,7 @@ def decode(
             state, drafts = draft(draft_module, weights[1], state, choice, most, V)
         return verify(module, weights[0], state, choice, drafts, keep_scores, keep_logits)
 
-    return jax.lax.scan(step, state, None, length=rounds)
+    return settled(module, jax.lax.scan(step, state, None, length=rounds))
 
 
 def draft(

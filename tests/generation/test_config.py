@@ -39,8 +39,8 @@ SUPPORTED = {
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
     "watermarking_config", "num_beams", "early_stopping", "length_penalty", "max_time", "stop_strings",
     "output_attentions", "output_hidden_states", "guidance_scale", "prompt_lookup_num_tokens",
-    "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
-    "assistant_ensemble_weight",
+    "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_ensemble_weight",
 }
 # They are about a draft model with another tokenizer, which is refused.
 INERT = {"assistant_lookbehind", "target_lookbehind"}
