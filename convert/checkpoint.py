@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.msgpack_file import read_msgpack
 from flaxqwen.convert.names import Layout, from_linen, layout_of, to_name
+from flaxqwen.convert.quantize import Scheme, quantized
 from flaxqwen.convert.safetensors_file import read_safetensors
 from flaxqwen.convert.tensors import MappedFile, StoredTensor
 from flaxqwen.convert.torch_file import read_torch
@@ -63,6 +65,12 @@ class Checkpoint:
     def release(self, name: str) -> None:
         """Give back the memory of the pages that `read` has touched; its arrays stay valid and read them again."""
         self.tensors[name].release()
+
+    def quantized(self, scheme: Scheme) -> Checkpoint:
+        """The same checkpoint, its weights quantized as they are loaded (`read` does not give them)."""
+        view = copy.copy(self)
+        view.tensors = MappingProxyType(cast(dict[str, StoredTensor], quantized(self.tensors, scheme)))
+        return view
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from flaxqwen.convert.dtypes import is_weight_dtype, weight_dtype, weight_dtype_
 from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.names import EMBEDDING, HEAD, Path, base_prefix, is_ignored, to_name, with_prefix
 from flaxqwen.convert.progress import Report
+from flaxqwen.convert.quantize import SCALE
 from flaxqwen.convert.tensors import CheckedTensor, Tensor, cast
 
 # XLA's CPU backend takes host memory without a copy when it is aligned so.
@@ -47,7 +48,8 @@ def load_params(
     """
     tensors = match(checkpoint, expected)
     if dtype is not None:
-        tensors = {path: cast(tensor, weight_dtype(dtype)) for path, tensor in tensors.items()}
+        wanted = weight_dtype(dtype)
+        tensors = {path: tensor if path[-1] == SCALE else cast(tensor, wanted) for path, tensor in tensors.items()}
     total = sum(tensor.nbytes for tensor in tensors.values())
     params: dict[str, Any] = {}
     done = 0
@@ -79,14 +81,18 @@ def match(checkpoint: Checkpoint, expected: Mapping[Path, tuple[int, ...]]) -> d
     for name, tensor in checkpoint.tensors.items():
         renamed = with_prefix(name, found_prefix, wanted_prefix)
         if renamed not in wanted:
-            if not is_ignored(name) and (name != HEAD or _is_needed_head(checkpoint, wanted, wanted_prefix)):
+            is_head = name in (HEAD, f"lm_head.{SCALE}")
+            if not is_ignored(name) and (not is_head or _is_needed_head(checkpoint, wanted, wanted_prefix)):
                 problems.append(f"unexpected {name} {list(tensor.shape)}")
             continue
         path = wanted[renamed]
         matched[path] = tensor
         if tensor.shape != tuple(expected[path]):
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(expected[path])}")
-        if not is_weight_dtype(tensor.dtype):
+        is_quantized = path[-1] == "weight" and (*path[:-1], SCALE) in expected
+        if is_quantized and tensor.dtype not in (np.int8, np.uint8):
+            problems.append(f"{name} has dtype {tensor.dtype}, expected a quantized weight")
+        elif not is_quantized and not is_weight_dtype(tensor.dtype):
             problems.append(f"{name} has dtype {tensor.dtype}, supported are {weight_dtype_names()}")
     problems += [f"missing {name} {list(expected[path])}" for name, path in wanted.items() if path not in matched]
     if problems:

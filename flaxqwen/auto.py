@@ -26,6 +26,7 @@ from flaxqwen.config import PretrainedConfig, Qwen2Config, config_from_file
 from flaxqwen.convert import Checkpoint, Progress, has_own_head, load_params, open_checkpoint
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.names import to_name
+from flaxqwen.convert.quantize import SCALE, Scheme, quantized_shapes
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.hub import resolve_folder
 from flaxqwen.loading import ShardReader
@@ -36,6 +37,7 @@ from flaxqwen.models.heads import (
     Qwen2ForTokenClassification,
 )
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
+from flaxqwen.quantization import quantization_of, quantize_params
 from flaxqwen.sharding import Sharding, module_sharding
 
 MeshAxes = Mapping[str, tuple[str, ...]]
@@ -99,6 +101,7 @@ class _AutoModel:
         local_files_only: bool = False,
         mesh: Mesh | None = None,
         mesh_axes: MeshAxes | None = None,
+        quantize: Scheme | None = None,
         **overrides: Any,
     ) -> Model:
         """Load a model in PyTorch's or Flax's format, found by looking.
@@ -111,6 +114,8 @@ class _AutoModel:
           revision, token, cache_dir, local_files_only: of the hub, as in Transformers.
           mesh: of make_mesh: the devices that the model lies on, and runs on. Each process reads its own shards.
           mesh_axes: axes of the mesh, by logical axis, over sharding.LOGICAL_AXES.
+          quantize: "int8" or "int4" quantizes the weights while they load (see convert/quantize.py); norms, biases
+            and arithmetic keep dtype. A checkpoint that is quantized already stays so.
           overrides: fields of the config, such as num_labels=3; rope_parameters without rope_theta keeps the config's.
 
         Returns:
@@ -128,16 +133,18 @@ class _AutoModel:
         config = _override(config_from_file(folder) if config is None else config, overrides)
         wanted = parse_dtype(torch_dtype if dtype is None else dtype) or parse_dtype(config.dtype)
         cls.module_of(config)
-        if config.quantization_config is not None:
-            method = config.quantization_config.get("quant_method", "unknown")
-            raise ValueError(f"{folder}: weights quantized by {method!r} are not supported; use the unquantized model")
+        scheme, config = quantization_of(folder, config, quantize, mesh)
         # A hub's folder is named by its commit: the weights are those that the config came with.
         folder = resolve_folder(pretrained_model_name_or_path, revision=folder.name, **where)
         with open_checkpoint(folder) as checkpoint:
             wanted = wanted or _stored_dtype(checkpoint)
             config = dataclasses.replace(cls._untied(config, checkpoint), dtype=np.dtype(wanted).name)
             module = cls.module_of(config, wanted, mesh, mesh_axes)
-            params, new = _load(module, checkpoint, wanted)
+            if scheme is not None:
+                module = module.clone(dtype=wanted)
+            if quantize is not None:
+                checkpoint = checkpoint.quantized(quantize)
+            params, new = _load(module, checkpoint, wanted, scheme)
         if new:
             warnings.warn(f"{folder} has no {', '.join(new)}: newly initialised, to be trained", stacklevel=2)
         return Model(module, params, config, _generation_config(folder, config))
@@ -150,6 +157,7 @@ class _AutoModel:
         dtype: Any = None,
         mesh: Mesh | None = None,
         mesh_axes: MeshAxes | None = None,
+        quantize: Scheme | None = None,
     ) -> Model:
         """A model with random weights, drawn as Transformers draws them.
 
@@ -158,14 +166,18 @@ class _AutoModel:
           seed: of the draws; one seed gives the same weights on every device, and on every mesh.
           dtype: of the parameters, as in from_pretrained; default: that of the config, or else float32.
           mesh, mesh_axes: as in from_pretrained.
+          quantize: as in from_pretrained.
 
         Raises:
           ValueError: a model_type or a dtype that is not supported.
         """
         wanted = parse_dtype(dtype) or parse_dtype(config.dtype) or jnp.float32
         config = dataclasses.replace(config, dtype=np.dtype(wanted).name)
+        scheme, config = quantization_of(None, config, quantize, mesh)
         module = cls.module_of(config, wanted, mesh, mesh_axes)
         params = draw_params(param_shapes(module), config, seed, wanted, module_sharding(module))
+        if scheme is not None:
+            module, params = module.clone(dtype=wanted), quantize_params(params, scheme)
         return Model(module, params, config, GenerationConfig.from_model_config(config))
 
     @classmethod
@@ -306,9 +318,13 @@ def _draw_normal(
     return jax.lax.with_sharding_constraint(sharding.heads.apply(path, values), sharding.of_parameter(path, shape))
 
 
-def _load(module: Any, checkpoint: Checkpoint, dtype: DTypeLike) -> tuple[Params, list[str]]:
+def _load(
+    module: Any, checkpoint: Checkpoint, dtype: DTypeLike, scheme: Scheme | None = None
+) -> tuple[Params, list[str]]:
     """The module's parameters from a checkpoint, and the names of those of a new head, where it has none."""
     shapes = param_shapes(module)
+    if scheme is not None:
+        shapes = quantized_shapes(shapes, scheme)
     stored = {name.split(".")[0] for name in checkpoint.tensors}
     head = {path: shape for path, shape in shapes.items() if path[0] in NEW_HEADS and path[0] not in stored}
     body = {path: shape for path, shape in shapes.items() if path not in head}
@@ -327,7 +343,8 @@ def _load(module: Any, checkpoint: Checkpoint, dtype: DTypeLike) -> tuple[Params
 
 def _stored_dtype(checkpoint: Checkpoint) -> Any:
     """That of the first tensor, by name, that has one of ours: as `_get_dtype` in transformers/modeling_utils.py."""
-    names = (tensor.dtype.name for _, tensor in sorted(checkpoint.tensors.items()))
+    stored = sorted(checkpoint.tensors.items())
+    names = (tensor.dtype.name for name, tensor in stored if not name.endswith(SCALE))
     return DTYPES[next((name for name in names if name in DTYPES), "float32")]
 
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from flaxqwen.cache import KVCache, grow_cache
 from flaxqwen.config import PretrainedConfig
 from flaxqwen.convert import save_params
+from flaxqwen.convert.quantize import SCALE
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.generate import generate, stream
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, bucket, check_token_ids
@@ -132,9 +133,14 @@ class Model:
 
         Raises:
           FileExistsError: the folder holds weights of the other framework, which would be stale.
-          ValueError: an unknown `to`, or no size.
+          ValueError: an unknown `to`, or no size; quantized weights for PyTorch.
           OSError: a file cannot be written. Nothing is left of weights that are not whole.
         """
+        if to == "pytorch" and self.config.quantization_config is not None:
+            raise ValueError(
+                "PyTorch's Transformers does not read our quantized weights: save them with to='flax', and bring them "
+                "back to floating point by `flaxqwen convert SRC DST --to pytorch --dtype bfloat16`"
+            )
         config = dataclasses.replace(self.config, architectures=(type(self.module).__name__,), dtype=self.dtype.name)
         sharding = module_sharding(self.module)
         params = self.params if sharding is None else sharding.undo_heads(self.params)
@@ -183,18 +189,24 @@ class Model:
         return isinstance(self.module, Qwen2ForCausalLM)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many parameters there are (all are trainable); a tied head counts once, as in Transformers."""
-        leaves = jax.tree.leaves_with_path(self.params)
-        kept = [leaf for leaf in leaves if not (exclude_embeddings and "embed_tokens" in jax.tree_util.keystr(leaf[0]))]
-        sharding = module_sharding(self.module)
-        if sharding is None:
-            return sum(a.size for _, a in kept)
-        stored = sharding.heads.stored_shape
-        return sum(math.prod(stored(tuple(key.key for key in path), a.shape)) for path, a in kept)
+        """How many parameters there are (all are trainable); a tied head counts once, as in Transformers.
+
+        Of a quantized weight the values count, not the bytes, and no scales.
+        """
+        sharding, total = module_sharding(self.module), 0
+        for path, leaf in jax.tree.leaves_with_path(self.params):
+            keys = tuple(key.key for key in path)
+            if SCALE in keys or (exclude_embeddings and "embed_tokens" in keys):
+                continue
+            shape = leaf.shape if sharding is None else sharding.heads.stored_shape(keys, leaf.shape)
+            total += math.prod(shape) * (2 if leaf.dtype == np.uint8 else 1)
+        return total
 
     @property
     def dtype(self) -> np.dtype:
-        """dtype of the parameters."""
+        """dtype of the parameters; where they are quantized, of the others and of the arithmetic."""
+        if self.config.quantization_config is not None:
+            return np.dtype(self.module.dtype)
         return jax.tree.leaves(self.params)[0].dtype
 
     @property

@@ -21,6 +21,8 @@ import numpy as np
 from flaxqwen.auto import AutoModelForCausalLM
 from flaxqwen.config import Qwen2Config, config_from_file
 from flaxqwen.convert import open_checkpoint, to_path
+from flaxqwen.convert.load import read_array
+from flaxqwen.convert.quantize import dequantized
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.inputs import check_input_ids
 from flaxqwen.hub import resolve_folder
@@ -181,12 +183,14 @@ def load_torch(folder: Path, dtype: Dtype) -> Any:
     torch = _import_torch()
     # Transformers' own generate cannot run where a config says return_dict=False.
     config = transformers.AutoConfig.from_pretrained(folder, return_dict=True)
+    config.__dict__.pop("quantization_config", None)  # ours; weights of other methods are refused before
     options = {"config": config, "dtype": getattr(torch, dtype), "attn_implementation": "eager"}
     with open_checkpoint(folder) as checkpoint:
         if checkpoint.format == "pytorch":
             return transformers.Qwen2ForCausalLM.from_pretrained(folder, **options)
+        tensors = dequantized(checkpoint.tensors)
         state = {
-            name: torch.from_numpy(checkpoint.read(name).astype(np.float32, order="C")) for name in checkpoint.tensors
+            name: torch.from_numpy(read_array(name, tensor).astype(np.float32)) for name, tensor in tensors.items()
         }
     return transformers.Qwen2ForCausalLM.from_pretrained(None, state_dict=state, **options)
 

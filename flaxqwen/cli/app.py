@@ -80,6 +80,7 @@ def _options(
         "flaxqwen convert Qwen/Qwen2.5-0.5B-Instruct qwen-flax",
         "flaxqwen convert qwen-flax qwen-pytorch --to pytorch --max-shard-size 2GB",
         "flaxqwen convert qwen-pytorch qwen-linen --layout linen --format msgpack --dtype float32",
+        "flaxqwen convert Qwen/Qwen2.5-7B-Instruct qwen-int8 --quantize int8",
     ),
 )
 def _convert(
@@ -97,17 +98,29 @@ def _convert(
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Of a file, such as 200MB; default: 5GB.")
     ] = None,
+    quantize: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option(help="Weights to int8 by output channel, or int4 in groups; --dtype brings them back."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint in DST.")] = False,
 ) -> None:
     """Convert a checkpoint between PyTorch and Flax.
 
-    Weights keep their values byte for byte (but for --dtype); config and tokenizer go with them. A checkpoint that does
-    not fit its config.json is refused. Files appear when all are complete.
+    Weights keep their values byte for byte (but for --dtype and --quantize); config and tokenizer go with them. A
+    checkpoint that does not fit its config.json is refused. Files appear when all are complete.
     """
     from flaxqwen.cli.convert import convert_model
 
     convert_model(
-        src, dst, to=to, format=format, layout=layout, dtype=dtype, max_shard_size=max_shard_size, force=force
+        src,
+        dst,
+        to=to,
+        format=format,
+        layout=layout,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        quantize=quantize,
+        force=force,
     )
 
 

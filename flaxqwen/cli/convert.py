@@ -12,6 +12,7 @@ from flaxqwen.cli.common import format_bytes, module_of
 from flaxqwen.config import Qwen2Config, config_from_file
 from flaxqwen.convert import Progress, convert, has_own_head, open_checkpoint
 from flaxqwen.convert.names import Path as ParamPath
+from flaxqwen.convert.quantize import quantized_shapes, scheme_of
 from flaxqwen.hub import resolve_folder
 
 
@@ -42,11 +43,13 @@ def expected_shapes(source: Path) -> dict[ParamPath, tuple[int, ...]]:
       ValueError: a config that is not supported.
     """
     config = config_from_file(source.parent if source.is_file() else source)
-    if config.quantization_config is not None:
-        method = config.quantization_config.get("quant_method", "unknown")
-        raise ValueError(f"{source}: weights quantized by {method!r} are not supported; use the unquantized model")
+    try:
+        scheme = scheme_of(config.quantization_config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     if isinstance(config, Qwen2Config) and config.tie_word_embeddings:
         with open_checkpoint(source) as checkpoint:
             # Such a model is not tied, whatever its config says, and needs its head.
             config = dataclasses.replace(config, tie_word_embeddings=not has_own_head(checkpoint))
-    return param_shapes(module_of(config))
+    shapes = param_shapes(module_of(config))
+    return shapes if scheme is None else quantized_shapes(shapes, scheme)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from flaxqwen.auto import param_shapes, parse_dtype
 from flaxqwen.cache import init_cache
 from flaxqwen.cli.common import format_bytes, module_of
 from flaxqwen.config import Qwen2Config, config_from_file
+from flaxqwen.convert.names import Path as ParamPath
+from flaxqwen.convert.quantize import METHOD, quantized_shapes, scheme_of
 from flaxqwen.hub import resolve_folder
 
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -41,7 +44,7 @@ def model_info(config: Any) -> dict[str, Any]:
     dtype = config.dtype or "float32"  # as Transformers takes a config without one
     shapes = param_shapes(module)
     parameters = sum(map(math.prod, shapes.values()))
-    weight_bytes = parameters * np.dtype(parse_dtype(dtype)).itemsize
+    weight_bytes = size_of_weights(shapes, dtype, config.quantization_config)
     lengths = [n for n in CONTEXTS if n < config.context_length] + [config.context_length]
     caches = {n: cache_bytes(config, n, dtype) for n in lengths}
     quantization = config.quantization_config
@@ -60,6 +63,7 @@ def model_info(config: Any) -> dict[str, Any]:
         "sliding_window": config.sliding_window,
         "context_length": config.context_length,
         "quantization": quantization and quantization.get("quant_method", "unknown"),
+        "quantized_to": quantization.get("weights") if is_ours(quantization) else None,
         "dtype": dtype,
         "parameters": parameters,
         "weight_bytes": weight_bytes,
@@ -68,6 +72,29 @@ def model_info(config: Any) -> dict[str, Any]:
             {"context": n, "kv_cache_bytes": size, "total_bytes": weight_bytes + size} for n, size in caches.items()
         ],
     }
+
+
+def size_of_weights(
+    shapes: Mapping[ParamPath, tuple[int, ...]], dtype: str, quantization: Mapping[str, Any] | None
+) -> int:
+    """Bytes of the parameters; of weights quantized by another method, unquantized."""
+    wide = np.dtype(parse_dtype(dtype)).itemsize
+    if not is_ours(quantization):
+        return sum(map(math.prod, shapes.values())) * wide
+    scheme = scheme_of(quantization)
+    assert scheme is not None
+    total = 0
+    for path, shape in shapes.items():
+        stored = quantized_shapes({path: shape}, scheme)
+        is_plain = len(stored) == 1
+        total += math.prod(stored.pop(path)) * (wide if is_plain else 1)
+        total += sum(math.prod(scale) * 4 for scale in stored.values())
+    return total
+
+
+def is_ours(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether weights are quantized in our own format."""
+    return quantization is not None and quantization.get("quant_method") == METHOD
 
 
 def cache_bytes(config: Qwen2Config, tokens: int, dtype: str) -> int:
@@ -92,7 +119,9 @@ def print_info(name: str, values: dict[str, Any]) -> None:
         "weights": f"{format_bytes(values['weight_bytes'])} in {values['dtype']}",
         "KV cache": f"{format_bytes(values['kv_cache_bytes_per_token'])} a token",
     }
-    if values["quantization"]:
+    if values["quantized_to"]:
+        rows["weights"] = f"{format_bytes(values['weight_bytes'])} in {values['quantized_to']} and {values['dtype']}"
+    elif values["quantization"]:
         rows["quantization"] = f"{values['quantization']}, not supported: sizes are of the unquantized model"
     for label, text in rows.items():
         console.print(f"[bold]{label:<13}[/bold] {text}")

@@ -1,0 +1,86 @@
+"""Contractions with quantized weights, which stay integers in memory: convert/quantize.py has the format.
+
+Axes: B batch, T new tokens.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+
+# One row on a CPU: the conversion of the weight fuses into the dot only while the row, in float32, is under 16 KB.
+MAX_FUSED_CONTRACTION = 4096
+
+
+def contract_quantized(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [..., in] times a quantized weight over `in` -> [..., out], accumulated in float32 and cast to x's dtype.
+
+    Args:
+      values: [out, in] int8, or [out, in / 2] uint8 of two 4-bit integers each.
+      scale: [out, groups] float32.
+    """
+    contract = _contract_int4 if values.dtype == jnp.uint8 else _contract_int8
+    return contract(x, values, scale).astype(x.dtype)
+
+
+def _contract_int8(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    if is_one_row(x):
+        y = jax.lax.platform_dependent(x, values, cpu=contract_one_row_cpu, default=_contract_wide)
+    else:
+        y = _contract_wide(x, values)
+    return y * scale[:, 0]
+
+
+def _contract_int4(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    """The even and the odd input channels apart: they are the low and the high halves of the bytes as they lie."""
+    if is_one_row(x):
+        return jax.lax.platform_dependent(x, values, scale, cpu=_contract_int4_one_row_cpu, default=_contract_int4_wide)
+    return _contract_int4_wide(x, values, scale)
+
+
+def _contract_int4_wide(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    low, high = _halves(values, scale)
+    return _contract_wide(x[..., 0::2], low) + _contract_wide(x[..., 1::2], high)
+
+
+def _contract_int4_one_row_cpu(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    low, high = _halves(values, scale)
+    return contract_one_row_cpu(x[..., 0::2], low) + contract_one_row_cpu(x[..., 1::2], high)
+
+
+def _halves(values: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The even and the odd columns [out, in / 2] of an int4 weight, float32."""
+    out, half = values.shape
+    wide = jnp.broadcast_to(scale[..., None], (*scale.shape, half // scale.shape[1])).reshape(out, half)
+    low, high = ((nibble.astype(jnp.int8) - 8).astype(jnp.float32) * wide for nibble in (values & 15, values >> 4))
+    return low, high
+
+
+def is_one_row(x: jax.Array) -> bool:
+    """Whether x [..., in] is a single vector."""
+    return x.size == x.shape[-1]
+
+
+def _contract_wide(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] times weight [out, in] -> [..., out] float32; int8 is exact in any floating dtype."""
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+
+
+def contract_one_row_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in], one row, times weight [out, in] of a narrow dtype, which no other form reads but once -> float32.
+
+    The conversion to float32 is fused into the dot: a 0.5B decode step in bfloat16 takes 78 ms against 253 ms without.
+    """
+    pieces = -(-x.shape[-1] // (MAX_FUSED_CONTRACTION - 1))
+    bounds = [x.shape[-1] * i // pieces for i in range(pieces + 1)]
+    x, y = x.astype(jnp.float32), None
+    for start, stop in pairwise(bounds):
+        part = x[..., start:stop] @ weight[:, start:stop].astype(jnp.float32).T
+        # The barrier keeps the dot from fusing into an add, which would bring the converted copy back.
+        part = jax.lax.optimization_barrier(part)
+        y = part if y is None else y + part
+    assert y is not None
+    return y
