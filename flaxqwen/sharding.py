@@ -84,6 +84,21 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
+def parse_mesh(text: str | None) -> dict[str, int]:
+    """The sizes that make_mesh takes, from "data=2,tensor=4"; None: its defaults.
+
+    Raises:
+      ValueError: another form, or an axis that there is none of.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (text or "").split(",")):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or name in sizes or not size.removeprefix("-").isdecimal():
+            raise ValueError(f"mesh {text!r}: expected sizes of {', '.join(MESH_AXES)}, such as data=2,tensor=4")
+        sizes[name] = int(size)
+    return sizes
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadLayout:
     """Attention heads as they lie on a tensor axis that the checkpoint's numbers may not fit.

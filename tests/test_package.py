@@ -105,7 +105,7 @@ FLOORS = (
     ("cache", "ops.*", "sharding"),
     ("models.*",),
     ("generation.*", "lora", "training"),
-    ("model", "auto", "loading", "quantization"),
+    ("model", "auto", "loading", "aot", "quantization"),
     ("parity", "parity_*", "cli", "cli.*"),
 )
 # Who may import torch or transformers, and only inside a function.

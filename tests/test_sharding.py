@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from flaxqwen import AutoModelForCausalLM, Qwen2Config, make_mesh
 from flaxqwen.auto import param_shapes
+from flaxqwen.cli import main
 from flaxqwen.convert import open_checkpoint, save_params
 from flaxqwen.convert.shards import Counter as Bytes
 from flaxqwen.loading import read_part
@@ -189,3 +191,23 @@ def test_what_is_refused():
         AutoModelForCausalLM.from_config(config, mesh=mesh, mesh_axes={"heds": ()})
     with pytest.raises(ValueError, match="axis 'model', of 'heads', is not in the mesh"):
         AutoModelForCausalLM.from_config(config, mesh=mesh, mesh_axes={"heads": ("model",)})
+
+
+def test_info_shows_the_mesh(tmp_path, capsys):
+    """Qwen2.5-7B on tensor=8: what is padded and repeated, and the bytes of a device."""
+    values = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    values |= {"num_attention_heads": 28, "num_key_value_heads": 4, "torch_dtype": "bfloat16", "model_type": "qwen2"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert main(["info", str(tmp_path), "--mesh", "tensor=8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["mesh"]
+    assert found["query_heads"] == [28, 32]
+    assert found["key_value_heads"] == [4, 8]
+    attention = 4096 * 3584 * 2 + 1024 * 3584 * 2 + 4096 + 2 * 1024
+    layer = (attention + 3 * 18944 * 3584) / 8 + 2 * 3584
+    assert found["bytes_per_device"] == 2 * (28 * layer + 2 * 152064 * 3584 / 8 + 3584)
+    assert main(["info", str(tmp_path), "--mesh", "tensor=8"]) == 0
+    text = capsys.readouterr().out
+    assert "heads: 28 padded to 32, key/value 4 repeated to 8" in text
+    assert "model.layers.*.self_attn.o_proj.weight" in text
+    assert main(["info", str(tmp_path), "--mesh", "tensor=-1"]) == 2
+    assert "give the sizes of the mesh, none of them -1" in capsys.readouterr().err

@@ -215,15 +215,56 @@ def _chat(
     )
 
 
-@app.command("info", epilog=_examples("flaxqwen info Qwen/Qwen2.5-7B-Instruct", "flaxqwen info ./qwen --json"))
-def _info(model: ModelName, as_json: AsJson = False) -> None:
+@app.command(
+    "info",
+    epilog=_examples(
+        "flaxqwen info Qwen/Qwen2.5-7B-Instruct",
+        "flaxqwen info Qwen/Qwen2.5-72B-Instruct --mesh fsdp=2,tensor=8",
+        "flaxqwen info ./qwen --json",
+    ),
+)
+def _info(
+    model: ModelName,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="SIZES", help="Of data, fsdp and tensor: show what each device holds.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show a model's architecture, size and memory.
 
     From its config alone: weights are neither downloaded nor read.
     """
     from flaxqwen.cli.info import show_info
 
-    show_info(model, as_json=as_json)
+    show_info(model, mesh=mesh, as_json=as_json)
+
+
+@app.command(
+    "compile",
+    epilog=_examples(
+        "flaxqwen compile Qwen/Qwen2.5-7B-Instruct --topology v6e:2x2 --mesh tensor=1 --context 8192",
+        "flaxqwen compile Qwen/Qwen2.5-72B-Instruct --topology v5p:2x2x2 --batch 8 --context 8192 --json",
+    ),
+)
+def _compile(
+    model: ModelName,
+    topology: Annotated[str, typer.Option(metavar="CHIP:SIZES", help="Such as v5e:4x4, v5p:2x2x2, v6e:2x2.")],
+    mesh: Annotated[
+        str | None,
+        typer.Option(metavar="SIZES", help="Of data, fsdp and tensor; default: tensor takes all. Fewer chips do, too."),
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Rows.")] = 1,
+    context: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that a row's KV cache holds.")] = 8192,
+    as_json: AsJson = False,
+) -> None:
+    """Compile generation for TPUs, on any machine.
+
+    The real compiler (pip install 'flaxqwen[tpu]') says what each chip needs, whether it fits, and what is sent from
+    chip to chip; the step times are rooflines. Of the model, config.json alone is read.
+    """
+    from flaxqwen.cli.compile import show_compiled
+
+    show_compiled(model, topology=topology, mesh=mesh, batch=batch, context=context, as_json=as_json)
 
 
 @app.command(

@@ -42,3 +42,10 @@ def format_bytes(count: float) -> str:
     while count >= 999.95 and power < 4:  # what would be printed as 1000.0
         count, power = count / 1000, power + 1
     return f"{count:.1f} {UNITS[power]}" if power else f"{count} B"
+
+
+def heads_text(queries: list[int], keys: list[int]) -> str:
+    """What became of the heads: [in the checkpoint, on the mesh] of both kinds."""
+    padded = f" padded to {queries[1]}" if queries[1] > queries[0] else ""
+    repeated = f" repeated to {keys[1]}" if keys[1] > keys[0] else ""
+    return f"{queries[0]}{padded}, key/value {keys[0]}{repeated}"

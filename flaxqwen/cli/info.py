@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 from rich.table import Table
 
 from flaxqwen.auto import param_shapes, parse_dtype
 from flaxqwen.cache import init_cache
-from flaxqwen.cli.common import format_bytes, module_of
+from flaxqwen.cli.common import format_bytes, heads_text, module_of
 from flaxqwen.config import Qwen2Config, config_from_file
 from flaxqwen.convert.names import Path as ParamPath
+from flaxqwen.convert.names import to_name
 from flaxqwen.convert.quantize import METHOD, quantized_shapes, scheme_of
 from flaxqwen.hub import resolve_folder
+from flaxqwen.sharding import Sharding, parse_mesh
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 
 
-def show_info(name: str, *, as_json: bool) -> None:
-    """Print what a model is and what memory it takes: as text, or as one JSON object."""
+def show_info(name: str, *, as_json: bool, mesh: str | None = None) -> None:
+    """Print what a model is and what memory it takes, and where it lies on a mesh: as text, or as one JSON object.
+
+    Raises:
+      ValueError: a mesh in another form than "data=2,tensor=4"; a model that no module is for.
+    """
     folder = resolve_folder(name, weights=False)
-    values = model_info(config_from_file(folder))
+    config = config_from_file(folder)
+    values = model_info(config)
+    if mesh is not None:
+        values["mesh"] = mesh_info(config, parse_mesh(mesh))
     if as_json:
         print(json.dumps({"model": name, **values}))
     else:
@@ -132,3 +143,59 @@ def print_info(name: str, values: dict[str, Any]) -> None:
         table.add_row(f"{row['context']:,}", format_bytes(row["kv_cache_bytes"]), format_bytes(row["total_bytes"]))
     console.print("\nMemory for one sequence, activations not counted:")
     console.print(table)
+    if "mesh" in values:
+        print_mesh(console, values["mesh"], values["weight_bytes"])
+
+
+def mesh_info(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
+    """Where the parameters lie on a mesh, by their place in the model, and what became of the heads.
+
+    Raises:
+      ValueError: sizes that are not all given.
+    """
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
+    if min(sizes.values()) < 1:
+        raise ValueError("info shows any number of devices: give the sizes of the mesh, none of them -1")
+    # A mesh without devices: those that are here do not matter.
+    sharding = Sharding.fit(cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes))), config)
+    heads = sharding.heads
+    module = module_of(config).clone(config=heads.replace_in(config))
+    itemsize = np.dtype(parse_dtype(module_of(config).config.dtype or "float32")).itemsize
+    groups: dict[str, dict[str, Any]] = {}
+    for path, shape in param_shapes(module).items():
+        name = re.sub(r"\.\d+\.", ".*.", to_name(path))
+        place = sharding.of_parameter(path, shape)
+        part = math.prod(place.shard_shape(shape)) * itemsize
+        group = groups.setdefault(name, {"count": 0, "shape": list(shape), "axes": axes_text(place.spec), "bytes": 0})
+        group["count"] += 1
+        group["bytes"] += part
+    return {
+        "sizes": sizes,
+        "query_heads": [config.num_attention_heads, len(heads.queries)],
+        "key_value_heads": [config.num_key_value_heads, len(heads.keys)],
+        "parameters": groups,
+        "bytes_per_device": sum(group["bytes"] for group in groups.values()),
+    }
+
+
+def axes_text(spec: Any) -> str:
+    """A PartitionSpec for people: "tensor, -"."""
+    return ", ".join("-" if part is None else part if isinstance(part, str) else "+".join(part) for part in spec)
+
+
+def print_mesh(console: Console, found: dict[str, Any], weight_bytes: int) -> None:
+    """The table of `--mesh`."""
+    console.print("\nOn a mesh of " + ", ".join(f"{axis} {size}" for axis, size in found["sizes"].items()) + ":")
+    table = Table("parameter", "number", "shape", "cut along", "bytes per device", box=None, pad_edge=False)
+    for column in (table.columns[1], table.columns[4]):
+        column.justify = "right"
+    table.columns[0].min_width = max(map(len, found["parameters"]))
+    for name, group in found["parameters"].items():
+        shape = " x ".join(map(str, group["shape"]))
+        table.add_row(name, str(group["count"]), shape, group["axes"], format_bytes(group["bytes"]))
+    table.add_row("all", "", "", "", format_bytes(found["bytes_per_device"]))
+    console.print(table)
+    share = found["bytes_per_device"] * found["sizes"]["fsdp"] * found["sizes"]["tensor"] / weight_bytes - 1
+    console.print(
+        f"heads: {heads_text(found['query_heads'], found['key_value_heads'])}; {share:.1%} more than one copy"
+    )

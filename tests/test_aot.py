@@ -1,0 +1,100 @@
+"""Compiling for TPUs without one: what libtpu's compiler says of a tiny model and of Qwen2.5-7B's real geometry."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from flaxqwen import Qwen2Config, aot
+from flaxqwen.cli import main
+from flaxqwen.config import config_from_file
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'flaxqwen[tpu]'"
+)
+TINY = {
+    "model_type": "qwen2", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1024,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@needs_libtpu
+def test_7b_decodes_on_one_chip(shared):
+    """Batch 1, cache of 8,192: fits, 64 MB of temporaries at most, the cache in place, and no copy of a weight."""
+    config = config_from_file(shared / "data" / "configs" / "Qwen2.5-7B")
+    assert isinstance(config, Qwen2Config)
+    chip, mesh = aot.topology_mesh("v6e:2x2", tensor=1)
+    made = aot.plan(config, chip, mesh, batch=1, context=8192)
+    found = aot.compile_decode(made)
+    cache = 28 * 2 * 4 * 8192 * 128 * 2
+    assert found.fits
+    assert found.temporaries <= 64e6
+    assert found.aliased >= cache
+    assert found.copies == found.collectives == {}
+    assert found.arguments == pytest.approx(7_615_616_512 * 2 + cache, rel=1e-4)
+    # Its lower bound: the weights, but for the table that is looked up, and the cache, at 1.64 TB/s.
+    assert found.step_seconds == pytest.approx((2 * (7_615_616_512 - 152_064 * 3_584) + cache) / 1.64e12, rel=1e-3)
+    assert found.bound == "HBM"
+
+
+@needs_libtpu
+def test_collectives_of_tensor_parallel_decoding():
+    """14 query and 2 key/value heads on 8 chips: two all-reduces a layer and one of the embedding."""
+    chip, mesh = aot.topology_mesh("v5e:2x4")
+    found = aot.compile_decode(aot.plan(Qwen2Config.from_dict(TINY), chip, mesh, batch=4, context=512))
+    assert found.collectives is not None
+    assert found.small is not None
+    assert {name: number for name, (number, _) in found.collectives.items()} == {"all-reduce": 2 * 3 + 1}
+    assert sum(size for _, size in found.small.values()) <= 64
+    assert found.copies == {}
+
+
+@needs_libtpu
+def test_command_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    arguments = ["compile", str(tmp_path), "--topology", "v6e:2x2", "--batch", "2", "--context", "256"]
+    assert main([*arguments, "--mesh", "data=2,tensor=2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert found["decode"]["fits"]
+    assert found["prefill"]["fits"]
+    assert found["decode"]["arguments"] >= found["weight_bytes"] + found["cache_bytes"]
+    assert found["cache_bytes"] == 3 * 2 * 512 * 64 * 2  # one row, one key/value head, 512 slots
+    for wrong, message in {
+        "v7:2x2": "topology 'v7:2x2' is not known; expected one of v4, v5e, v5p, v6e and sizes",
+        "v6e:3x5x7": "topology 'v6e:3x5x7': ",
+    }.items():
+        assert main([*arguments[:2], "--topology", wrong]) == 2
+        assert f"error: {message}" in capsys.readouterr().err
+    assert main([*arguments, "--mesh", "tensor=8"]) == 2
+    assert capsys.readouterr().err == "error: the mesh needs 8 chips; v6e:2x2 has 4\n"
+    assert main([*arguments, "--mesh", "tp=8"]) == 2
+    assert "mesh 'tp=8': expected sizes of data, fsdp, tensor, such as data=2,tensor=4" in capsys.readouterr().err
+
+
+def test_without_the_compiler(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["compile", str(tmp_path), "--topology", "v6e:2x2"]) == 2
+    assert capsys.readouterr().err == "error: the TPU compiler is not installed: pip install 'flaxqwen[tpu]'\n"
+
+
+HLO = """
+  %all-reduce.3 = bf16[8,1,256]{2,1,0:T(8,128)(2,1)} all-reduce(%fusion.1), channel_id=1
+  %ar = (bf16[8,1,256]{2,1,0}, bf16[8,1,256]{2,1,0}) all-reduce-start(%fusion.2), channel_id=2
+  %all-reduce.9 = f32[8]{0} all-reduce(%max), channel_id=3
+  %ag = (s32[4]{0}, s32[8]{0}) all-gather-start(%x), channel_id=4
+  %copy.1 = bf16[1024,1024]{1,0:T(8,128)(2,1)} copy(%weight)
+  %prefetch = (bf16[1024,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[1024,1024]{1,0}, u32[]{:S(2)}) copy-start(%weight)
+  %copy.2 = f32[8]{0} copy(%small)
+"""
+
+
+def test_operations_of_a_program():
+    large, small, copies = aot.operations(HLO, hidden=2048)
+    assert large == {"all-reduce": [2, 8192]}
+    assert small == {"all-reduce": [1, 32], "all-gather": [1, 32]}
+    assert copies == {"copy": [1, 2 << 20]}
