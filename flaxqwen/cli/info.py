@@ -151,11 +151,13 @@ def mesh_info(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
     """Where the parameters lie on a mesh, by their place in the model, and what became of the heads.
 
     Raises:
-      ValueError: sizes that are not all given.
+      ValueError: sizes that are not all given; quantized weights.
     """
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
     if min(sizes.values()) < 1:
         raise ValueError("info shows any number of devices: give the sizes of the mesh, none of them -1")
+    if config.quantization_config is not None:
+        raise ValueError("quantized weights do not lie on a mesh yet: leave out --mesh")
     # A mesh without devices: those that are here do not matter.
     sharding = Sharding.fit(cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes))), config)
     heads = sharding.heads
