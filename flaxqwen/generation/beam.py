@@ -26,7 +26,7 @@ from flaxqwen.generation.config import ResolvedConfig
 from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, Control, make_choice, start
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform, prompt_cache
 from flaxqwen.generation.loop import Params, Prompt, for_each_prompt, run_model, run_prompt, settled
-from flaxqwen.generation.sampling import TokenChoice, guide, process
+from flaxqwen.generation.sampling import TokenChoice, advance, constrain, guide, process
 from flaxqwen.models.outputs import ModelOutput
 
 # Added to the score of a hypothesis that must not win, as in Transformers: it still wins over -inf.
@@ -103,6 +103,7 @@ class BeamState(flax.struct.PyTreeNode):
     cur_len: int32 scalar, columns of the running sequences that are filled.
     improvable: [B] bool, whether a running beam may still become better than a finished one.
     done: bool scalar, the search is over: further steps change nothing.
+    automaton: [B * M] int32, the grammar's states of the running beams; None without one.
     """
 
     cache: KVCache
@@ -113,6 +114,7 @@ class BeamState(flax.struct.PyTreeNode):
     cur_len: jax.Array
     improvable: jax.Array
     done: jax.Array
+    automaton: jax.Array | None = None
 
 
 class BeamOutput(flax.struct.PyTreeNode):
@@ -165,6 +167,7 @@ def prefill(
         cur_len=rows.cur_len,
         improvable=jnp.ones(B, bool),
         done=jnp.zeros((), bool),
+        automaton=None if choice.token.grammar is None else jnp.asarray(choice.token.grammar.first),
     )
     state, output = _advance(state, choice, logits, keep_scores, keep_logits)
     return settled(module, (state, jax.tree.map(lambda a: a[None], output)))
@@ -215,6 +218,7 @@ def _advance(
         scores = jax.nn.log_softmax(scores)
     B, M, W = state.running.sequences.shape
     sequences = state.running.sequences.reshape(B * M, W)
+    scores = constrain(choice.token, scores, state.automaton)
     scores = process(choice.token.processors, sequences, scores, state.cur_len)
     found, counts = _continue(state, choice, scores)
     running = _best(found.replace(scores=found.scores + jnp.where(found.ended, EXCLUDED, 0.0)), M)
@@ -230,12 +234,21 @@ def _advance(
         cur_len=cur_len,
         improvable=improvable,
         done=done,
+        automaton=_follow(state, choice, running),
     )
     # Once done, a step writes to the cache out of sight, and the rest stays as it is.
     after = jax.tree.map(partial(jnp.where, state.done), state.replace(cache=None), after.replace(cache=None))
     output = BeamOutput(state.done, after.done, scores if keep_scores else None, logits if keep_logits else None)
     length = state.cache.length - 1 + (after.cur_len - state.cur_len)
     return after.replace(cache=state.cache.replace(length=length)), output
+
+
+def _follow(state: BeamState, choice: BeamChoice, running: Beams) -> jax.Array | None:
+    """The grammar's states [B * M] of the beams that go on, which have a new token each."""
+    if state.automaton is None:
+        return None
+    parents, tokens = (_column(a, state.cur_len).reshape(-1) for a in (running.sources, running.sequences))
+    return advance(choice.token, state.automaton[parents], tokens)
 
 
 def _continue(state: BeamState, choice: BeamChoice, scores: jax.Array) -> tuple[Beams, jax.Array]:

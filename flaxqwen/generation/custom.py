@@ -52,6 +52,8 @@ def run_custom(
     """
     if request.guided is not None:
         raise ValueError("guidance_scale cannot go with custom_generate: it is part of the compiled loop")
+    if control.grammar is not None:
+        raise ValueError("regex and json_schema cannot go with custom_generate: they are part of the compiled loop")
     copies = options.num_return_sequences
     expanded = request.repeat(copies)
     choice = make_choice(request, options, copies, model.config.vocab_size, control)

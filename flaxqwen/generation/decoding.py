@@ -19,6 +19,7 @@ from flaxqwen.cache import KVCache, grow_cache, repeat_cache
 from flaxqwen.generation import host, loop
 from flaxqwen.generation.callables import HostCall
 from flaxqwen.generation.config import ResolvedConfig
+from flaxqwen.generation.grammar import Grammar
 from flaxqwen.generation.host import AllowedTokens
 from flaxqwen.generation.inputs import (
     SMALLEST_CACHE,
@@ -65,12 +66,13 @@ BEFORE_ALLOWED = (
 class Control:
     """What a call asks for besides its options, checked: a user's own processors, and what ends the rows.
 
-    processors: to act before the warpers. allowed: of prefix_allowed_tokens_fn.
+    processors: to act before the warpers. allowed: of prefix_allowed_tokens_fn. grammar: of regex or json_schema.
     """
 
     stopping: Stopping
     processors: tuple[Any, ...] = ()
     allowed: AllowedTokens | None = None
+    grammar: Grammar | None = None
 
     @property
     def processes_on_host(self) -> bool:
@@ -192,5 +194,6 @@ def make_choice(
         seed=seed,
         criteria=stopping.traced,
         guidance=None if request.guided is None else np.float32(options.guidance_scale),
+        grammar=control.grammar,
         do_sample=options.do_sample,
     )

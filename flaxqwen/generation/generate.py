@@ -23,6 +23,7 @@ from flaxqwen.generation.callables import HostCall, check_scores, wrap
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig, resolve
 from flaxqwen.generation.custom import own_arguments, run_custom
 from flaxqwen.generation.decoding import Control, run
+from flaxqwen.generation.grammar import make_grammar
 from flaxqwen.generation.host import AllowedTokens
 from flaxqwen.generation.inputs import (
     CausalLM,
@@ -43,7 +44,7 @@ ARGUMENTS = (
     "inputs", "input_ids", "attention_mask", "past_key_values", "generation_config", "logits_processor",
     "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer", "inputs_embeds",
     "custom_generate", "assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask",
-    "assistant_tokenizer",
+    "assistant_tokenizer", "regex", "json_schema",
 )  # fmt: skip
 
 
@@ -66,6 +67,8 @@ def generate(
     inputs_embeds: ArrayLike | None = None,
     tokenizer: Any = None,
     custom_generate: Callable[..., Any] | None = None,
+    regex: str | Sequence[str] | None = None,
+    json_schema: Any = None,
     **options: Any,
 ) -> np.ndarray | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
     """Continue prompts, as `GenerationMixin.generate` in transformers/generation/utils.py.
@@ -90,8 +93,10 @@ def generate(
         run. It is donated: use the one in the result from then on.
       inputs_embeds: [B, P, D], the prompts as embeddings; without input_ids only new tokens are returned.
       streamer: gets the prompts, then the tokens of each step; not with beams.
-      tokenizer: of the model, for stop_strings.
+      tokenizer: of the model, for stop_strings, regex and json_schema.
       custom_generate: a decoding loop of the user's; see custom.run_custom.
+      regex, json_schema: what all new text must match, enforced in the compiled loop; see grammar.make_grammar. A text
+        that max_new_tokens cuts off is the beginning of one that matches.
       options: any field of GenerationConfig, over generation_config. `seed` seeds the draws (default: drawn from
         numpy's global generator, which transformers.set_seed seeds). The draws are not torch's; the distribution is.
 
@@ -110,7 +115,7 @@ def generate(
         assistant_model, negative_prompt_ids=negative_prompt_ids,
         negative_prompt_attention_mask=negative_prompt_attention_mask, input_ids=input_ids,
         attention_mask=attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
-        tokenizer=tokenizer, **options,
+        tokenizer=tokenizer, regex=regex, json_schema=json_schema, **options,
     )  # fmt: skip
     if custom_generate is not None:
         return run_custom(
@@ -232,6 +237,8 @@ def prepare(
     past_key_values: KVCache | None = None,
     inputs_embeds: ArrayLike | None = None,
     tokenizer: Any = None,
+    regex: Any = None,
+    json_schema: Any = None,
     **options: Any,
 ) -> Call:
     """Check the arguments of generate(), and bring them into the loop's form. Raises ValueError."""
@@ -270,7 +277,9 @@ def prepare(
     if prefix_allowed_tokens_fn is not None and not callable(prefix_allowed_tokens_fn):
         raise ValueError(f"prefix_allowed_tokens_fn must be callable, found {prefix_allowed_tokens_fn!r}")
     allowed = None if prefix_allowed_tokens_fn is None else AllowedTokens(prefix_allowed_tokens_fn)
-    control = Control(stopping, processors, allowed)
+    copies = resolved.num_beams if resolved.num_beams > 1 else resolved.num_return_sequences
+    constraint = (regex, json_schema, tokenizer, len(ids), copies, vocab_size, resolved.eos_token_id)
+    control = Control(stopping, processors, allowed, make_grammar(*constraint))
     _warn(resolved.max_length, model.config.max_position_embeddings, control)
     drafter = make_drafter(assistant_model, resolved, options, request, control)
     return Call(model, request, resolved, control, past_key_values, drafter)

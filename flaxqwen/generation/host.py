@@ -23,7 +23,7 @@ from flaxqwen.cache import KVCache
 from flaxqwen.generation import loop
 from flaxqwen.generation.callables import HostCall, check_scores
 from flaxqwen.generation.processors import LogitsProcessor
-from flaxqwen.generation.sampling import TokenChoice, guide, process
+from flaxqwen.generation.sampling import TokenChoice, constrain, guide, process
 
 
 @partial(
@@ -46,7 +46,13 @@ def _run_newest(
 
 _append = jax.jit(loop.append, donate_argnames="state")
 _process = jax.jit(process)
-_guide = jax.jit(lambda choice, logits: guide(choice, logits.astype(np.float32)))
+
+
+@jax.jit
+def _begin(choice: TokenChoice, logits: jax.Array, automaton: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Logits [B, V], and the scores that processors begin with."""
+    logits, scores = guide(choice, logits.astype(np.float32))
+    return logits, constrain(choice, scores, automaton)
 
 
 class AllowedTokens(HostCall):
@@ -97,7 +103,7 @@ def prefill(
     """As loop.prefill."""
     shape = {"capacity": capacity, "cache_dtype": cache_dtype, "copies": copies}
     state, logits, states = _run_prompt(module, params, prompt, cache, **shape, keep_states=keep_states)
-    return _extend(state, choice, logits, keep_scores, keep_logits, states)
+    return _extend(loop.begin(state, choice), choice, logits, keep_scores, keep_logits, states)
 
 
 def decode(
@@ -126,7 +132,7 @@ def _extend(
     states: loop.States,
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
-    logits, scores = _guide(choice.replace(processors=(), criteria=()), logits)
+    logits, scores = _begin(choice.replace(processors=(), criteria=()), logits, state.automaton)
     scores = process_on_host(choice.processors, state, scores)
     state, tokens = _append(state, choice.replace(processors=()), scores)
     kept = scores if keep_scores else None, logits if keep_logits else None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxqwen.cache import KVCache, init_cache
-from flaxqwen.generation.sampling import TokenChoice, choose, fill_finished, guide, process, stopped
+from flaxqwen.generation.sampling import TokenChoice, advance, choose, constrain, fill_finished, guide, process, stopped
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 from flaxqwen.sharding import module_sharding, settle
 
@@ -37,6 +37,7 @@ class DecodeState(flax.struct.PyTreeNode):
     cur_len: int32 scalar, columns of input_ids that are filled.
     position: [B] int32, position id of the newest token.
     finished: [B] bool, rows that have had an end-of-sequence token, or that a criterion has stopped.
+    automaton: [B] int32, the grammar's states; None without one.
     """
 
     cache: KVCache
@@ -45,6 +46,7 @@ class DecodeState(flax.struct.PyTreeNode):
     cur_len: jax.Array
     position: jax.Array
     finished: jax.Array
+    automaton: jax.Array | None = None
 
 
 class StepOutput(flax.struct.PyTreeNode):
@@ -119,8 +121,13 @@ def prefill(
         copies=copies,
         keep_states=keep_states,
     )
-    state, output = _extend(state, choice, logits, keep_scores, keep_logits, states)
+    state, output = _extend(begin(state, choice), choice, logits, keep_scores, keep_logits, states)
     return settled(module, (state, jax.tree.map(lambda a: a[None], output)))
+
+
+def begin(state: DecodeState, choice: TokenChoice) -> DecodeState:
+    """The state of a prompt's end, with the grammar's first states."""
+    return state if choice.grammar is None else state.replace(automaton=jnp.asarray(choice.grammar.first))
 
 
 def run_prompt(
@@ -227,6 +234,7 @@ def _extend(
 ) -> tuple[DecodeState, StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
     logits, scores = guide(choice, logits.astype(jnp.float32))
+    scores = constrain(choice, scores, state.automaton)
     scores = process(choice.processors, state.input_ids, scores, state.cur_len)
     state, tokens = append(state, choice, scores)
     kept = scores if keep_scores else None, logits if keep_logits else None
@@ -245,8 +253,9 @@ def append(state: DecodeState, choice: TokenChoice, scores: jax.Array) -> tuple[
     tokens = fill_finished(choice, tokens, state.finished)
     input_ids = jax.lax.dynamic_update_slice_in_dim(state.input_ids, tokens[:, None], state.cur_len, axis=1)
     finished = state.finished | stopped(choice, input_ids, scores, cur_len, tokens)
+    automaton = advance(choice, state.automaton, tokens)
     state = state.replace(input_ids=input_ids, cur_len=cur_len, position=position, finished=finished)
-    return state, tokens
+    return state.replace(automaton=automaton), tokens
 
 
 def _repeat(rows: Any, copies: int) -> Any:

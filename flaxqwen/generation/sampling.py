@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from flaxqwen.generation.grammar import Grammar
 from flaxqwen.generation.processors import LogitsProcessor
 
 
@@ -32,6 +33,7 @@ class TokenChoice(flax.struct.PyTreeNode):
     criteria: each ends the rows for which it holds, besides the end-of-sequence ids.
     guidance: float32, the scale of classifier-free guidance: logits then have twice the rows, the second half those of
       the negative prompts. None: there is none.
+    grammar: what all new text must match; None: anything.
     do_sample: draw, or take the highest score.
     """
 
@@ -41,6 +43,7 @@ class TokenChoice(flax.struct.PyTreeNode):
     seed: ArrayLike
     criteria: tuple[Criterion, ...] = ()
     guidance: ArrayLike | None = None
+    grammar: Grammar | None = None
     do_sample: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -66,6 +69,16 @@ def guide(choice: TokenChoice, logits: jax.Array) -> tuple[jax.Array, jax.Array]
     prompt, negative = jnp.split(logits, 2)
     wanted, unwanted = jax.nn.log_softmax(prompt), jax.nn.log_softmax(negative)
     return prompt, jnp.asarray(choice.guidance) * (wanted - unwanted) + unwanted
+
+
+def constrain(choice: TokenChoice, scores: jax.Array, automaton: jax.Array | None) -> jax.Array:
+    """Scores [B, V] with -inf for what the grammar does not allow in states `automaton` [B]."""
+    return scores if choice.grammar is None or automaton is None else choice.grammar.mask(scores, automaton)
+
+
+def advance(choice: TokenChoice, automaton: jax.Array | None, tokens: jax.Array) -> jax.Array | None:
+    """The grammar's states [B] after tokens [B]."""
+    return None if choice.grammar is None or automaton is None else choice.grammar.advance(automaton, tokens)
 
 
 def choose(choice: TokenChoice, scores: jax.Array, position: jax.Array) -> jax.Array:

@@ -22,7 +22,16 @@ from jax.typing import ArrayLike
 from flaxqwen.cache import KVCache
 from flaxqwen.generation.loop import DecodeState, Params, run_model, settled
 from flaxqwen.generation.processors.base import column
-from flaxqwen.generation.sampling import TokenChoice, draw, first_largest, process, row_keys, stopped
+from flaxqwen.generation.sampling import (
+    TokenChoice,
+    advance,
+    constrain,
+    draw,
+    first_largest,
+    process,
+    row_keys,
+    stopped,
+)
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 
 DRAFTED, ACCEPTED = 1, 2  # what a row's key is folded with, besides the draw itself
@@ -138,8 +147,8 @@ def draft(
 
     def choose(i: jax.Array, carry: Any, logits: jax.Array) -> Any:
         """The i-th draft, from logits [B, V]."""
-        input_ids, drafts, going, cache = carry
-        scores = process(token.processors, input_ids, logits, rows.cur_len + i)
+        input_ids, drafts, going, cache, automaton = carry
+        scores = process(token.processors, input_ids, constrain(token, logits, automaton), rows.cur_len + i)
         if token.do_sample:
             keys = jax.vmap(partial(jax.random.fold_in, data=DRAFTED))(row_keys(token, rows.position + 1 + i))
             tokens = draw(keys, scores)
@@ -152,7 +161,8 @@ def draft(
         )
         probability = jnp.take_along_axis(jax.nn.softmax(scores), tokens[:, None], axis=1)[:, 0]
         going &= (probability >= choice.threshold) & (i + 1 < state.drafts)
-        return write_tokens(input_ids, tokens, rows.cur_len + i), drafts, going, cache
+        automaton = advance(token, automaton, tokens)
+        return write_tokens(input_ids, tokens, rows.cur_len + i), drafts, going, cache, automaton
 
     # The last token of a round that went all the way has not been run yet: the two newest are.
     newest = jnp.take_along_axis(rows.input_ids, rows.cur_len[:, None] - jnp.array([2, 1]), axis=1)
@@ -160,20 +170,20 @@ def draft(
     empty = Drafts(
         jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most, vocab_size), jnp.float32), jnp.zeros((B, most), bool)
     )
-    carry = choose(jnp.int32(0), (rows.input_ids, empty, ~rows.finished, cache), logits)
+    carry = choose(jnp.int32(0), (rows.input_ids, empty, ~rows.finished, cache, rows.automaton), logits)
 
     def more(loop: Any) -> jax.Array:
-        i, (_, _, going, _) = loop
+        i, (_, _, going, *_) = loop
         return (i < most) & jnp.any(going)
 
     def step(loop: Any) -> Any:
         i, carry = loop
-        weights, (input_ids, drafts, going, cache) = jax.lax.optimization_barrier((params, carry))
+        weights, (input_ids, drafts, going, cache, automaton) = jax.lax.optimization_barrier((params, carry))
         tokens = jax.lax.dynamic_slice_in_dim(drafts.tokens, i - 1, 1, axis=1)
         logits, cache = run(weights, tokens, rows.position + i, cache)
-        return i + 1, choose(i, (input_ids, drafts, going, cache), logits)
+        return i + 1, choose(i, (input_ids, drafts, going, cache, automaton), logits)
 
-    _, (_, drafts, _, cache) = jax.lax.while_loop(more, step, (jnp.int32(1), carry))
+    _, (_, drafts, _, cache, _) = jax.lax.while_loop(more, step, (jnp.int32(1), carry))
     return state.replace(draft_cache=cache), drafts
 
 
@@ -243,15 +253,18 @@ def verify(
         rows, going = carry
         i, logits, tokens, scores_q, proposed = step
         at = start + i
-        scores = process(choice.token.processors, rows.input_ids, logits, at)
+        scores = constrain(choice.token, logits, rows.automaton)
+        scores = process(choice.token.processors, rows.input_ids, scores, at)
         tokens, accepted = judge(choice, scores, tokens, scores_q, proposed, rows.position + 1)
         ids = write_tokens(rows.input_ids, tokens, jnp.where(going, at, rows.input_ids.shape[1]))
         ended = going & stopped(choice.token, ids, scores, at + 1, tokens)
+        automaton = advance(choice.token, rows.automaton, tokens)
         rows = rows.replace(
             input_ids=ids,
             cur_len=rows.cur_len + going,
             position=rows.position + going,
             finished=rows.finished | ended,
+            automaton=None if automaton is None else jnp.where(going, automaton, rows.automaton),
         )
         emitted = (tokens, scores if keep_scores else None, logits if keep_logits else None)
         return (rows, going & accepted & ~ended & (at + 1 < choice.max_length)), emitted

@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from flaxqwen.generation.processors.base import length_of
+from flaxqwen.generation.tokens import bytes_of_tokens
 
 SMALLEST_CLASSES, SMALLEST_BYTES = 64, 16
 
@@ -76,7 +77,7 @@ def _make_tables(tokenizer: Any, size: int, strings: tuple[str, ...], vocab_size
     rows = {_row(b"", stops, N, longest): 0}
     starts = tuple({stop[:i] for stop in stops for i in range(1, len(stop) + 1)})
     ends = tuple({stop[-i:] for stop in stops for i in range(1, len(stop) + 1)})
-    for token, text in _tokens(tokenizer, size):
+    for token, text in bytes_of_tokens(tokenizer, size):
         # Most tokens hold no part of a string, which these tell in 1 us.
         touches = text.endswith(starts) or text.startswith(ends) or any(text in stop or stop in text for stop in stops)
         if touches and token < vocab_size:
@@ -103,35 +104,6 @@ def _row(text: bytes, stops: list[bytes], N: int, longest: int) -> tuple[int, by
             before = stop[: n - held]
             fits[i, held] = bool(text) and (before.endswith(text) or text.endswith(before))
     return max(min(len(text), longest), 1), np.stack([ends, fits]).tobytes()
-
-
-@lru_cache(maxsize=2)
-def _tokens(tokenizer: Any, size: int) -> tuple[tuple[int, bytes], ...]:
-    """(id, bytes) of every token. `size` is there for the cache: tokens can be added to a tokenizer."""
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    spelling = _byte_spelling() if "ByteLevel" in repr(decoder) else {}
-    # A decoder may treat the first token apart: one is put before, and taken away again.
-    before = "abcdef"
-    first = tokenizer.convert_ids_to_tokens(tokenizer(before, add_special_tokens=False)["input_ids"])
-    found = []
-    for token, index in tokenizer.get_vocab().items():
-        if spelling and all(character in spelling for character in token):
-            text = bytes(spelling[character] for character in token)
-        else:
-            whole = tokenizer.convert_tokens_to_string([*first, token])
-            text = whole[whole.index(before) + len(before) :].encode()
-        found.append((index, text))
-    return tuple(found)
-
-
-def _byte_spelling() -> dict[str, int]:
-    """Character -> byte in byte-level BPE, which spells bytes that do not print as characters from 256 on.
-
-    Source: `bytes_to_unicode` in openai/gpt-2's encoder.py.
-    """
-    printing = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printing]
-    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _power_of_two(n: int, smallest: int) -> int:
