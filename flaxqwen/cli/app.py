@@ -131,6 +131,7 @@ def _convert(
         'flaxqwen generate ./qwen "Write a haiku." --chat --temperature 0.7 --top-p 0.8 --seed 1',
         "cat question.txt | flaxqwen generate ./qwen - --chat --json",
         'flaxqwen generate ./qwen --ids "785 6722 315"',
+        'flaxqwen generate ./qwen "Is water wet?" --chat --regex "Yes|No"',
     ),
 )
 def _generate(
@@ -154,6 +155,15 @@ def _generate(
     top_k: TopK = None,
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
+    regex: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="All new text matches this regular expression.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The new text is JSON of the schema in this file.")
+    ] = None,
+    assistant: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A smaller model with the same tokenizer, to draft tokens.")
+    ] = None,
     dtype: Dtype = "auto",
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text when it is complete.")] = False,
     as_json: AsJson = False,
@@ -174,6 +184,9 @@ def _generate(
         system=system,
         max_new_tokens=max_new_tokens,
         options=sampling_options(temperature, top_p, top_k, repetition_penalty, seed),
+        regex=regex,
+        json_schema=json_schema,
+        assistant=assistant,
         dtype=dtype,
         stream=sys.stdout.isatty() and not no_stream,
         as_json=as_json,

@@ -42,6 +42,9 @@ def generate_text(
     system: str | None,
     max_new_tokens: int | None,
     options: dict[str, Any],
+    regex: str | None = None,
+    json_schema: Path | None = None,
+    assistant: str | None = None,
     dtype: str,
     stream: bool,
     as_json: bool,
@@ -52,6 +55,7 @@ def generate_text(
       prompt, file, ids: where the prompt comes from, one of them.
       chat, system: apply the chat template, with a system message.
       options: of sampling, for generate().
+      regex, json_schema: what the text is to match; the schema in a file. assistant: a draft model.
 
     Raises:
       ValueError: a prompt that is empty, out of the vocabulary, longer than the context, or given in several ways.
@@ -67,9 +71,13 @@ def generate_text(
     else:
         tokens = need_tokenizer(tokenizer, folder)(read_prompt(prompt, file))["input_ids"]
     inputs = check_input_ids(np.asarray([tokens]), config)  # before the weights are read
+    if regex is not None or json_schema is not None:
+        options = options | constraint(regex, json_schema) | {"tokenizer": need_tokenizer(tokenizer, folder)}
     with CompileClock() as clock:
         times = [clock.now()]
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        if assistant is not None:
+            options = options | {"assistant_model": AutoModelForCausalLM.from_pretrained(assistant, dtype=dtype)}
         jax.block_until_ready(model.params)
         times.append(clock.now())
         output = TextStream(decoder(tokenizer), print_now if stream and not as_json else None, clock.now)
@@ -109,6 +117,13 @@ def check_sources(prompt: str | None, file: Path | None, ids: str | None, chat: 
         raise ValueError("--chat applies to text; --ids gives the tokens as they are")
     if system is not None and not chat:
         raise ValueError("--system needs --chat")
+
+
+def constraint(regex: str | None, json_schema: Path | None) -> dict[str, Any]:
+    """Options of generate() for what the text is to match. Raises ValueError for both, FileNotFoundError."""
+    if regex is not None and json_schema is not None:
+        raise ValueError("--regex and --json-schema both say what the text must match: give one of them")
+    return {"regex": regex} if json_schema is None else {"json_schema": json_schema.read_text(encoding="utf-8")}
 
 
 def sampling_options(

@@ -133,8 +133,8 @@ def _hindrance(options: ResolvedConfig, request: Inputs, control: Control) -> st
     rows = len(request.input_ids) * options.num_return_sequences
     if control.stepwise:
         return "as the host is asked at every step"
-    if options.output_attentions or options.output_hidden_states:
-        return "as attentions and hidden states are of single steps"
+    if options.output_attentions or options.output_hidden_states or options.output_logprobs:
+        return "as attentions, hidden states and log-probabilities are of single steps"
     if request.input_ids.shape[1] != request.length:
         return "as the prompts have no input_ids"
     if rows > 1 and control.stopping.traced and not control.stopping.fills:

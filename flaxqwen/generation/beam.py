@@ -385,6 +385,7 @@ def check_beams(options: ResolvedConfig, request: Inputs, control: Control, stre
         or stopping.seconds is not None,
         "prefix_allowed_tokens_fn, and a logits_processor called on the host,": control.processes_on_host,
         "output_attentions and output_hidden_states": options.output_attentions or options.output_hidden_states,
+        "output_logprobs (output_scores has them)": options.output_logprobs,
     }
     found = [name for name, present in asked.items() if present]
     if found:

@@ -58,6 +58,7 @@ VALID: dict[str, Range] = {
     "early_stopping": (lambda x: x in (True, False, "never"), "True, False or 'never'"),
     "max_new_tokens": (lambda x: x > 0, "greater than 0"),
     "num_beams": (lambda x: x > 0, "greater than 0"),
+    "top_logprobs": (lambda x: isinstance(x, int) and x >= 0, "0 or a positive integer"),
     "num_return_sequences": (lambda x: x > 0, "greater than 0"),
     "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
     "assistant_ensemble_weight": (lambda x: 0 < x < 1, "between 0 and 1"),
@@ -87,6 +88,8 @@ class GenerationConfig:
 
     Ours alone:
       seed: 0 <= seed < 2**32, of the draws; one seed gives one text. None takes a new one for each call.
+      output_logprobs: give the log-probability of each new token, in nats, by the model alone, before processors.
+      top_logprobs: so many of the likeliest tokens at each step, with theirs; implies output_logprobs.
       extra: entries of a generation_config.json that are no options; kept for writing back, without effect.
 
     Raises:
@@ -144,6 +147,8 @@ class GenerationConfig:
     output_hidden_states: bool | None = None
     output_scores: bool | None = None
     output_logits: bool | None = None
+    output_logprobs: bool | None = None
+    top_logprobs: int | None = None
     return_dict_in_generate: bool | None = None
     # special tokens
     pad_token_id: int | None = None
@@ -319,6 +324,8 @@ class ResolvedConfig(GenerationConfig):
     output_hidden_states: bool
     output_scores: bool = False
     output_logits: bool
+    output_logprobs: bool
+    top_logprobs: int = 0
     return_dict_in_generate: bool = False
     eos_token_id: tuple[int, ...]
     num_assistant_tokens: int = 20
@@ -345,6 +352,7 @@ DEFAULTS = {f.name: f.default for f in fields(ResolvedConfig) if f.name in OPTIO
 # What an option is when a keyword says None, or, if it shapes sampling alone, when do_sample is off. Only top_k has a
 # default that acts.
 OFF = DEFAULTS | {"top_k": 0}
+OUTPUTS = ("output_scores", "output_logits", "output_logprobs")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -403,7 +411,8 @@ def resolve(
         values |= {name: OFF.get(name) for name in SAMPLING}
     for name in ("top_p", "typical_p"):
         values[name] = min(values[name], 1.0)
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+    values["output_logprobs"] = values["output_logprobs"] or values["top_logprobs"]
+    for name in (*OUTPUTS, "output_attentions", "output_hidden_states"):
         values[name] = bool(values[name] and given.return_dict_in_generate)
     eos = _ids(given.eos_token_id)
     values["eos_token_id"] = tuple(token for token in eos if token >= 0)  # -1 is a way to say "none"

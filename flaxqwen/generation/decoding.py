@@ -165,7 +165,10 @@ def start(
 def kept(options: ResolvedConfig) -> dict[str, Any]:
     """What the programs give besides tokens, as their arguments."""
     states = tuple(name for name in loop.STATES if getattr(options, f"output_{name}"))
-    return {"keep_scores": options.output_scores, "keep_logits": options.output_logits, "keep_states": states}
+    keep: dict[str, Any] = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
+    if options.output_logprobs:  # few numbers, few programs
+        keep["keep_top"] = bucket(options.top_logprobs, 4) if options.top_logprobs else 0
+    return keep | {"keep_states": states}
 
 
 def cut(output: Any, most: int) -> Any:

@@ -35,7 +35,7 @@ from flaxqwen.generation.inputs import (
     prompt_cache,
     with_negative,
 )
-from flaxqwen.generation.outputs import GenerateDecoderOnlyOutput
+from flaxqwen.generation.outputs import GenerateDecoderOnlyOutput, token_logprobs
 from flaxqwen.generation.stopping import make_stopping
 from flaxqwen.generation.streamers import Stream, Streamer, text_pieces
 
@@ -142,11 +142,16 @@ def generate(
     sequences = np.concatenate([prompts, new], axis=1)
     if not resolved.return_dict_in_generate:
         return sequences
+    extras: dict[str, Any] = {
+        name: tuple(layer_states(steps, name, call.request)) for name in loop.STATES if getattr(steps[0], name)
+    }
+    if resolved.output_logprobs:
+        extras |= token_logprobs(steps, resolved.top_logprobs)
     return GenerateDecoderOnlyOutput(
         sequences=sequences,
         scores=tuple(s for o in steps if o.scores is not None for s in o.scores) if resolved.output_scores else None,
         logits=tuple(s for o in steps if o.logits is not None for s in o.logits) if resolved.output_logits else None,
-        **{name: tuple(layer_states(steps, name, call.request)) for name in loop.STATES if getattr(steps[0], name)},
+        **extras,
         past_key_values=prompt_cache(cache, call.request) if cache is not None and resolved.use_cache else None,
     )
 

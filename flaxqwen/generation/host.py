@@ -46,6 +46,7 @@ def _run_newest(
 
 _append = jax.jit(loop.append, donate_argnames="state")
 _process = jax.jit(process)
+_log_probs = jax.jit(loop.log_probs, static_argnums=2)
 
 
 @jax.jit
@@ -99,11 +100,12 @@ def prefill(
     keep_scores: bool,
     keep_logits: bool,
     keep_states: tuple[str, ...] = (),
+    keep_top: int | None = None,
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """As loop.prefill."""
     shape = {"capacity": capacity, "cache_dtype": cache_dtype, "copies": copies}
     state, logits, states = _run_prompt(module, params, prompt, cache, **shape, keep_states=keep_states)
-    return _extend(loop.begin(state, choice), choice, logits, keep_scores, keep_logits, states)
+    return _extend(loop.begin(state, choice), choice, logits, keep_scores, keep_logits, states, keep_top)
 
 
 def decode(
@@ -116,11 +118,12 @@ def decode(
     keep_scores: bool,
     keep_logits: bool,
     keep_states: tuple[str, ...] = (),
+    keep_top: int | None = None,
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """As loop.decode, for one step."""
     assert steps == 1
     state, logits, states = _run_newest(module, params, state, keep_states=keep_states)
-    return _extend(state, choice, logits, keep_scores, keep_logits, states)
+    return _extend(state, choice, logits, keep_scores, keep_logits, states, keep_top)
 
 
 def _extend(
@@ -130,6 +133,7 @@ def _extend(
     keep_scores: bool,
     keep_logits: bool,
     states: loop.States,
+    keep_top: int | None,
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
     logits, scores = _begin(choice.replace(processors=(), criteria=()), logits, state.automaton)
@@ -137,7 +141,8 @@ def _extend(
     state, tokens = _append(state, choice.replace(processors=()), scores)
     kept = scores if keep_scores else None, logits if keep_logits else None
     # Off the device at once: the state is donated to the next step, and `finished` with it.
-    output = jax.device_get(loop.StepOutput(tokens, state.finished, *kept).replace(**loop.of_prompts(states, tokens)))
+    output = loop.StepOutput(tokens, state.finished, *kept, logprobs=_log_probs(logits, tokens, keep_top))
+    output = jax.device_get(output.replace(**loop.of_prompts(states, tokens)))
     return state, jax.tree.map(lambda a: a[None], output)
 
 

@@ -26,6 +26,7 @@ from flaxqwen.sharding import module_sharding, settle
 Params = dict[str, Any]
 States = dict[str, tuple[jax.Array, ...]]  # of each layer, by the names of StepOutput
 STATES = ("attentions", "hidden_states")
+KEEP = ("keep_scores", "keep_logits", "keep_states", "keep_top")
 
 
 class DecodeState(flax.struct.PyTreeNode):
@@ -49,12 +50,23 @@ class DecodeState(flax.struct.PyTreeNode):
     automaton: jax.Array | None = None
 
 
+class LogProbs(flax.struct.PyTreeNode):
+    """By the model alone, in nats.
+
+    chosen: [B] float32, of the new tokens. top, tokens: [B, n] float32 and int32, of the likeliest.
+    """
+
+    chosen: jax.Array
+    top: jax.Array
+    tokens: jax.Array
+
+
 class StepOutput(flax.struct.PyTreeNode):
     """What steps give the host.
 
     tokens: [steps, B] int32. finished: [steps, B] bool, rows that have ended with this token or before.
     If asked for: scores, logits: [steps, B, V] float32, processed and raw; attentions: [steps, B, N, T, S] of each
-    layer; hidden_states: [steps, B, T, D] of each layer and one more.
+    layer; hidden_states: [steps, B, T, D] of each layer and one more; logprobs: [steps, B, ...].
     """
 
     tokens: jax.Array
@@ -63,6 +75,7 @@ class StepOutput(flax.struct.PyTreeNode):
     logits: jax.Array | None = None
     attentions: tuple[jax.Array, ...] | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
+    logprobs: LogProbs | None = None
 
 
 class Prompt(flax.struct.PyTreeNode):
@@ -84,7 +97,7 @@ class Prompt(flax.struct.PyTreeNode):
 
 @partial(
     jax.jit,
-    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_scores", "keep_logits", "keep_states"),
+    static_argnames=("module", "capacity", "cache_dtype", "copies", *KEEP),
     donate_argnames="cache",
 )
 def prefill(
@@ -100,6 +113,7 @@ def prefill(
     keep_scores: bool,
     keep_logits: bool,
     keep_states: tuple[str, ...] = (),
+    keep_top: int | None = None,
 ) -> tuple[DecodeState, StepOutput]:
     """Run the prompts and choose the first token.
 
@@ -110,6 +124,7 @@ def prefill(
       cache: to continue (donated), or None for a new one of `capacity` slots and of cache_dtype.
       copies: continuations per prompt; the prompt runs once and its cache is repeated.
       keep_scores, keep_logits: whether StepOutput has them. keep_states: of "attentions", "hidden_states" likewise.
+      keep_top: how many of the likeliest tokens it has; None: no log-probabilities at all.
     """
     state, logits, states = run_prompt(
         module,
@@ -121,7 +136,7 @@ def prefill(
         copies=copies,
         keep_states=keep_states,
     )
-    state, output = _extend(begin(state, choice), choice, logits, keep_scores, keep_logits, states)
+    state, output = _extend(begin(state, choice), choice, logits, keep_scores, keep_logits, states, keep_top)
     return settled(module, (state, jax.tree.map(lambda a: a[None], output)))
 
 
@@ -168,9 +183,7 @@ def run_prompt(
     return DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished), logits, states
 
 
-@partial(
-    jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits", "keep_states"), donate_argnames="state"
-)
+@partial(jax.jit, static_argnames=("module", "steps", *KEEP), donate_argnames="state")
 def decode(
     module: nn.Module,
     params: Params,
@@ -181,6 +194,7 @@ def decode(
     keep_scores: bool,
     keep_logits: bool,
     keep_states: tuple[str, ...] = (),
+    keep_top: int | None = None,
 ) -> tuple[DecodeState, StepOutput]:
     """`steps` decoding steps under one scan. state.cache.bound covers the last of them."""
 
@@ -189,7 +203,7 @@ def decode(
         # (1,980 MB of temporaries at 0.5B).
         weights, state = jax.lax.optimization_barrier((params, state))
         state, logits, states = run_newest(module, weights, state, keep_states)
-        return _extend(state, choice, logits, keep_scores, keep_logits, states)
+        return _extend(state, choice, logits, keep_scores, keep_logits, states, keep_top)
 
     return settled(module, jax.lax.scan(step, state, None, length=steps))
 
@@ -230,7 +244,13 @@ def run_model(
 
 
 def _extend(
-    state: DecodeState, choice: TokenChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool, states: States
+    state: DecodeState,
+    choice: TokenChoice,
+    logits: jax.Array,
+    keep_scores: bool,
+    keep_logits: bool,
+    states: States,
+    keep_top: int | None,
 ) -> tuple[DecodeState, StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
     logits, scores = guide(choice, logits.astype(jnp.float32))
@@ -238,7 +258,18 @@ def _extend(
     scores = process(choice.processors, state.input_ids, scores, state.cur_len)
     state, tokens = append(state, choice, scores)
     kept = scores if keep_scores else None, logits if keep_logits else None
-    return state, StepOutput(tokens, state.finished, *kept).replace(**of_prompts(states, tokens))
+    output = StepOutput(tokens, state.finished, *kept, logprobs=log_probs(logits, tokens, keep_top))
+    return state, output.replace(**of_prompts(states, tokens))
+
+
+def log_probs(logits: jax.Array, tokens: jax.Array, count: int | None) -> LogProbs | None:
+    """Of tokens [B], and of the `count` likeliest ones, from logits [B, V]; None for None."""
+    if count is None:
+        return None
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1) - total
+    top, ids = jax.lax.top_k(logits, count)
+    return LogProbs(chosen[:, 0], top - total, ids)
 
 
 def of_prompts(states: States, tokens: jax.Array) -> States:

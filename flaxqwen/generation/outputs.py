@@ -7,6 +7,7 @@ N query heads, T tokens of a step, S slots that they see, D model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import numpy as np
@@ -23,6 +24,8 @@ class GenerateDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):
     attentions: n tuples of a [B, N, T, S] for each layer, hidden_states: n tuples of layers + 1 of [B, T, D]: T is the
     prompt, then 1; S the tokens so far. Rows of padding hold no meaning.
     past_key_values: the cache of all tokens but the last, to be given to another generate().
+    Ours alone: logprobs: [B, n] float32, log-probabilities of the new tokens by the model alone, before processors;
+    top_logprobs, top_tokens: [B, n, top_logprobs] float32 and int32, of the likeliest. 0 after a row's end.
     """
 
     sequences: np.ndarray
@@ -31,6 +34,23 @@ class GenerateDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):
     attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
     hidden_states: tuple[tuple[np.ndarray, ...], ...] | None = None
     past_key_values: KVCache | None = None
+    logprobs: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+    top_tokens: np.ndarray | None = None
+
+
+def token_logprobs(outputs: Sequence[Any], count: int) -> dict[str, np.ndarray]:
+    """The three fields above, from the StepOutputs of a call that asked for `count` of the likeliest."""
+    finished = np.concatenate([output.finished for output in outputs])
+    ended = np.pad(finished[:-1], ((1, 0), (0, 0))).T  # [B, n], rows that had ended before the step
+
+    def join(name: str) -> np.ndarray:
+        values = np.moveaxis(np.concatenate([getattr(output.logprobs, name) for output in outputs]), 0, 1)
+        values = values[..., :count] if values.ndim == 3 else values
+        return np.where(ended.reshape(ended.shape + (1,) * (values.ndim - 2)), 0, values).astype(values.dtype)
+
+    fields = {"logprobs": join("chosen")}
+    return fields | ({"top_logprobs": join("top"), "top_tokens": join("tokens")} if count else {})
 
 
 def compute_transition_scores(

@@ -257,3 +257,20 @@ def test_options_that_generate_refuses(run: Run, copied: Path):
     assert_refused(run("generate", copied, "a", "--repetition-penalty", "0"), "repetition_penalty")
     (copied / "generation_config.json").write_text(json.dumps({"num_beams": "many"}))
     assert_refused(run("generate", copied, "a"), "generation_config.json", "num_beams")
+
+
+def test_constrained_and_drafted(run: Run, random_model: Path, tmp_path: Path):
+    """--regex and --json-schema hold; a draft model changes nothing."""
+    pytest.importorskip("outlines_core", reason="--regex needs it: pip install flaxqwen[grammar]")
+    args = ("generate", random_model, "x", "--max-new-tokens", "12")
+    digits = run(*args, "--regex", "[0-9]{2}", *GREEDY)
+    assert len(json.loads(digits.out)["text"]) == 2
+    assert json.loads(digits.out)["text"].isdigit()
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    assert json.loads(run(*args, "--json-schema", schema, *GREEDY).out)["text"] in ('"yes"', '"no"')
+    drafted = run(*args, "--assistant", random_model, *GREEDY)
+    assert json.loads(drafted.out)["new_tokens"] == json.loads(run(*args, *GREEDY).out)["new_tokens"]
+    assert_refused(run(*args, "--regex", "a", "--json-schema", schema), "give one of them")
+    assert_refused(run(*args, "--regex", "(a"), "cannot be compiled")
+    assert_refused(run(*args, "--json-schema", tmp_path / "none.json"), "none.json")

@@ -40,7 +40,7 @@ SUPPORTED = {
     "watermarking_config", "num_beams", "early_stopping", "length_penalty", "max_time", "stop_strings",
     "output_attentions", "output_hidden_states", "guidance_scale", "prompt_lookup_num_tokens",
     "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold", "assistant_ensemble_weight",
+    "assistant_confidence_threshold", "assistant_ensemble_weight", "output_logprobs", "top_logprobs",
 }
 # They are about a draft model with another tokenizer, which is refused.
 INERT = {"assistant_lookbehind", "target_lookbehind"}
@@ -169,13 +169,14 @@ def assert_same(resolved: ResolvedConfig, theirs: dict[str, Any]) -> None:
 def test_names_are_those_of_transformers(transformers: Any) -> None:
     theirs = set(transformers.GenerationConfig().to_dict()) - set(METADATA)
     assert theirs - set(OPTIONS) == {"decoder_start_token_id", "continuous_batching_config"}
-    assert set(OPTIONS) - theirs == {"seed"}
+    assert set(OPTIONS) - theirs == {"seed", "output_logprobs", "top_logprobs"}
 
 
 def test_defaults_are_those_of_transformers(transformers: Any) -> None:
     theirs = transformers.GenerationConfig._get_default_generation_params()
     assert theirs.pop("max_length") == DEFAULT_NEW_TOKENS
-    assert {name: value for name, value in theirs.items() if value is not None} == DEFAULTS
+    own = {"top_logprobs": 0}
+    assert {name: value for name, value in theirs.items() if value is not None} | own == DEFAULTS
     assert all(getattr(GenerationConfig(), name) is None for name in OPTIONS)
 
 

@@ -354,3 +354,31 @@ def test_lists_and_torch_tensors_are_taken(rng, tiny_models):
     want = np.asarray(mine.generate(ids, max_new_tokens=3))
     for given in (ids.tolist(), th(ids), jnp.asarray(ids), ids.astype(np.int64)):
         np.testing.assert_array_equal(mine.generate(input_ids=given, max_new_tokens=3), want)
+
+
+def test_log_probabilities(rng, tiny_models):
+    """Of each token and of the likeliest, by torch's logits; 0 after a row's end. Another number compiles nothing."""
+    theirs, mine = tiny_models
+    ids = random_ids(rng, (2, 5))
+    given = {"max_new_tokens": 9, "do_sample": True, "top_k": 3, "seed": 1, "pad_token_id": 0}
+    free = mine.generate(ids, attention_mask=np.ones_like(ids), eos_token_id=None, **given)
+    given |= {"eos_token_id": int(free[0, 8]), "return_dict_in_generate": True, "attention_mask": np.ones_like(ids)}
+    got = mine.generate(ids, top_logprobs=4, **given)
+    with torch.no_grad():
+        want = theirs(th(got.sequences)).logits.log_softmax(-1)[:, 4:-1].numpy()
+    new = got.sequences[:, 5:]
+    ended = np.cumsum(new == given["eos_token_id"], axis=1) - (new == given["eos_token_id"]) > 0
+    assert ended.any()
+    chosen = np.take_along_axis(want, new[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(got.logprobs, np.where(ended, 0, chosen), atol=2e-5)
+    top = np.sort(want, axis=-1)[..., :-5:-1]
+    np.testing.assert_allclose(got.top_logprobs, np.where(ended[..., None], 0, top), atol=2e-5)
+    picked = np.take_along_axis(want, got.top_tokens, axis=2)
+    np.testing.assert_allclose(np.where(ended[..., None], 0, picked), got.top_logprobs, atol=2e-5)
+    with counted_compilations() as compiled:
+        fewer = mine.generate(ids, top_logprobs=3, **given)
+    assert not compiled
+    np.testing.assert_array_equal(fewer.top_tokens, got.top_tokens[..., :3])
+    assert mine.generate(ids, output_logprobs=True, **given).top_logprobs is None
+    with pytest.raises(ValueError, match="output_logprobs"):
+        mine.generate(ids, **(given | {"num_beams": 2, "do_sample": False, "output_logprobs": True}))
