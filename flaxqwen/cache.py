@@ -10,11 +10,12 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from flaxqwen.config import Qwen2Config
 
-Pair = tuple[jax.Array, jax.Array]
+Arrays = tuple[jax.Array, ...]
 
 
 class LayerCache(flax.struct.PyTreeNode):
@@ -22,31 +23,52 @@ class LayerCache(flax.struct.PyTreeNode):
 
     Two arrays per layer, written by dynamic_update_slice along S: with [B, S, K, H], or with keys and values in one
     array, XLA copies the whole cache once per chunk of steps.
+
+    key_scale, value_scale: [B, K, S, 1] float32, what the integers are times where keys and values are int8; else None.
     """
 
     key: jax.Array
     value: jax.Array
+    key_scale: jax.Array | None = None
+    value_scale: jax.Array | None = None
+
+    @property
+    def scales(self) -> tuple[jax.Array, jax.Array] | None:
+        """Those of keys and values, where they are int8."""
+        return None if self.key_scale is None or self.value_scale is None else (self.key_scale, self.value_scale)
 
     def append(self, key: jax.Array, value: jax.Array, at: jax.Array, is_sharded: bool = False) -> LayerCache:
         """Write key and value [B, K, T, H] from slots `at` ([] or [B]) on. In place when the cache is donated."""
-        key, value = key.astype(self.key.dtype), value.astype(self.value.dtype)
-        arrays = (self.key, self.value, key, value, at.reshape(()) if at.size == 1 else at)
+        if self.scales is None:
+            new = LayerCache(key.astype(self.key.dtype), value.astype(self.value.dtype))
+        else:
+            (key, key_scale), (value, value_scale) = _to_int8(key), _to_int8(value)
+            new = LayerCache(key, value, key_scale, value_scale)
+        old, structure = jax.tree.flatten(self)
+        arrays = (tuple(old), tuple(jax.tree.leaves(new)), at.reshape(()) if at.size == 1 else at)
         if is_sharded:  # a loop over heads or rows would bring them all to each device
-            return LayerCache(*_write(*arrays))
-        return LayerCache(*jax.lax.platform_dependent(*arrays, cpu=_write_in_loop, default=_write))
+            return jax.tree.unflatten(structure, _write(*arrays))
+        written = jax.lax.platform_dependent(*arrays, cpu=_write_in_loop, default=_write)
+        return jax.tree.unflatten(structure, written)
 
 
-def _write(key: jax.Array, value: jax.Array, new_key: jax.Array, new_value: jax.Array, at: jax.Array) -> Pair:
-    """[B, K, S, H] and the new [B, K, T, H]: one slice where rows are aligned, else one per row."""
+def _to_int8(x: jax.Array) -> Arrays:
+    """[B, K, T, H] as integers and their scales [B, K, T, 1]: off by half a scale, 1/254 of the largest, at most."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+    scale = jnp.where(scale == 0, 1, scale)
+    return jnp.rint(x / scale).astype(jnp.int8), scale
+
+
+def _write(old: Arrays, new: Arrays, at: jax.Array) -> Arrays:
+    """[B, K, S, H] and the new [B, K, T, H] of each: one slice where rows are aligned, else one per row."""
     if at.ndim == 0:
-        start = (0, 0, at, 0)
-        update = jax.lax.dynamic_update_slice
-        return update(key, new_key, start), update(value, new_value, start)
-    per_row = jax.vmap(lambda row, new, slot: jax.lax.dynamic_update_slice(row, new, (0, slot, 0)))
-    return per_row(key, new_key, at), per_row(value, new_value, at)
+        return tuple(jax.lax.dynamic_update_slice(a, piece, (0, 0, at, 0)) for a, piece in zip(old, new, strict=True))
+    per_row = jax.vmap(lambda row, piece, slot: jax.lax.dynamic_update_slice(row, piece, (0, slot, 0)))
+    return tuple(per_row(a, piece, at) for a, piece in zip(old, new, strict=True))
 
 
-def _write_in_loop(key: jax.Array, value: jax.Array, new_key: jax.Array, new_value: jax.Array, at: jax.Array) -> Pair:
+def _write_in_loop(old: Arrays, new: Arrays, at: jax.Array) -> Arrays:
     """The same for XLA's CPU backend, in a loop over heads (rows, where they are not aligned).
 
     Outside a loop the backend fuses the update into the slice that attention reads, does it a second time for the
@@ -54,14 +76,13 @@ def _write_in_loop(key: jax.Array, value: jax.Array, new_key: jax.Array, new_val
     """
     axis = 1 if at.ndim == 0 else 0
 
-    def step(i: jax.Array, pair: Pair) -> Pair:
+    def step(i: jax.Array, arrays: Arrays) -> Arrays:
         slot = at if at.ndim == 0 else at[i]
         start = (0, i, slot, 0) if axis == 1 else (i, 0, slot, 0)
-        pieces = (jax.lax.dynamic_slice_in_dim(new, i, 1, axis) for new in (new_key, new_value))
-        key, value = (jax.lax.dynamic_update_slice(a, piece, start) for a, piece in zip(pair, pieces, strict=True))
-        return key, value
+        pieces = (jax.lax.dynamic_slice_in_dim(a, i, 1, axis) for a in new)
+        return tuple(jax.lax.dynamic_update_slice(a, piece, start) for a, piece in zip(arrays, pieces, strict=True))
 
-    return jax.lax.fori_loop(0, key.shape[axis], step, (key, value))
+    return jax.lax.fori_loop(0, old[0].shape[axis], step, old)
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -132,10 +153,14 @@ def init_cache(config: Qwen2Config, batch_size: int, capacity: int, dtype: DType
     """An empty cache for batch_size rows of up to `capacity` tokens, in the model's compute dtype.
 
     Takes 2 * layers * batch_size * K * capacity * H * itemsize bytes: 12 KB a token in bfloat16 at Qwen2.5-0.5B's
-    geometry, 56 KB at 7B's.
+    geometry, 56 KB at 7B's. int8 is about half of that, with 8 bytes of scales for each key/value head.
     """
     shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
-    layers = tuple(
-        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
-    )
+    is_quantized = np.dtype(dtype) == np.int8
+
+    def layer() -> LayerCache:
+        scales = [jnp.zeros((*shape[:-1], 1), jnp.float32) if is_quantized else None for _ in range(2)]
+        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
+
+    layers = tuple(layer() for _ in range(config.num_hidden_layers))
     return KVCache(layers, jnp.zeros((batch_size,), jnp.int32))

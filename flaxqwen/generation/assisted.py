@@ -167,7 +167,7 @@ def run(
     choice = make_choice(request, options, copies, model.config.vocab_size, control)
     keep = {name: value for name, value in kept(options).items() if name != "keep_states"}
     room = options.max_new_tokens + (K + 1) * (1 + rounds * (1 + ahead))
-    rows, first = start(loop.prefill, model, request, choice, cache, room, copies=copies, **keep)
+    rows, first = start(loop.prefill, model, request, choice, cache, room, options, copies=copies, **keep)
     B = len(request.input_ids) * copies
     steps = Steps(B, options.max_new_tokens, int(np.asarray(choice.pad_id)))
     steps.add(jax.tree.map(partial(np.expand_dims, axis=2), jax.device_get(first)))

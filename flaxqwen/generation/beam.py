@@ -410,7 +410,7 @@ def search(
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
     keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
     room = options.max_new_tokens + steps
-    state, output = start(prefill, model, request, choice, cache, room, copies=copies, **keep)
+    state, output = start(prefill, model, request, choice, cache, room, options, copies=copies, **keep)
     queue, dispatched = deque([output]), 1
     outputs: list[BeamOutput] = []
     while not outputs or not outputs[-1].done[-1]:

@@ -23,10 +23,9 @@ DEFAULT_NEW_TOKENS = 20  # where nobody set a length
 # Options that are not built yet, and the values which leave them without effect; any other value is refused by name.
 # To support an option, delete its row.
 NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
-    "cache_implementation": (None, "dynamic", "static", "sliding_window", "hybrid", "hybrid_chunked"),
+    "cache_implementation": (None, "dynamic", "static", "quantized", "sliding_window", "hybrid", "hybrid_chunked"),
     "cache_config": (None,),
     "max_cache_len": (None,),
-    "prefill_chunk_size": (None,),
     "token_healing": (None, False),
     "is_assistant": (None, False),
     "assistant_early_exit": (None,),
@@ -62,6 +61,7 @@ VALID: dict[str, Range] = {
     "num_return_sequences": (lambda x: x > 0, "greater than 0"),
     "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
     "assistant_ensemble_weight": (lambda x: 0 < x < 1, "between 0 and 1"),
+    "cache_dtype": (lambda x: x == "int8", "'int8', or None for the compute dtype"),
     "cache_implementation": (lambda x: x in CACHES + OLDER_CACHES, f"one of {', '.join(CACHES)}"),
 }
 # and what its processors demand of a value that acts:
@@ -70,6 +70,7 @@ RANGES: dict[str, Range] = {
     "top_k": (lambda x: x > 0, "a positive integer, or 0 for no limit"),
     "top_p": (lambda x: x >= 0, "a number from 0 to 1"),
     "min_p": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "prefill_chunk_size": (lambda x: x > 0, "a positive number of tokens"),
     "top_h": (lambda x: 0 < x <= 1, "a number above 0, up to 1"),
     "typical_p": (lambda x: x > 0, "a number above 0, up to 1"),
     "repetition_penalty": (lambda x: isinstance(x, float) and x > 0, "a float above 0"),
@@ -87,6 +88,8 @@ class GenerationConfig:
     hashable. Options of encoder-decoder models and of continuous batching are left out.
 
     Ours alone:
+      cache_dtype: "int8" keeps keys and values as integers, with a scale for each token and head: about half the
+        memory of bfloat16. It is what cache_implementation="quantized" is here. None: the compute dtype.
       seed: 0 <= seed < 2**32, of the draws; one seed gives one text. None takes a new one for each call.
       output_logprobs: give the log-probability of each new token, in nats, by the model alone, before processors.
       top_logprobs: so many of the likeliest tokens at each step, with theirs; implies output_logprobs.
@@ -113,6 +116,7 @@ class GenerationConfig:
     use_cache: bool | None = None
     cache_implementation: str | None = None
     cache_config: Mapping[str, Any] | None = None
+    cache_dtype: str | None = None
     max_cache_len: int | None = None
     prefill_chunk_size: int | None = None
     # logits
@@ -345,6 +349,8 @@ class ResolvedConfig(GenerationConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {reason}")
         if active := [name for name, neutral in NOT_SUPPORTED_YET.items() if getattr(self, name) not in neutral]:
             raise ValueError(f"not supported yet: {', '.join(f'{name}={getattr(self, name)!r}' for name in active)}")
+        if self.prefill_chunk_size and (self.output_attentions or self.output_hidden_states):
+            raise ValueError("prefill_chunk_size does not go with output_attentions or output_hidden_states")
 
 
 DEFAULTS = {f.name: f.default for f in fields(ResolvedConfig) if f.name in OPTIONS and f.default is not None}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -104,7 +104,7 @@ def run(
     keep = kept(options)
     ask = HostCriteria(stopping.host, request.repeat(copies).input_ids, options.max_new_tokens, options.output_scores)
     room = options.max_new_tokens + steps
-    state, output = start(programs.prefill, model, request, choice, cache, room, copies=copies, **keep)
+    state, output = start(programs.prefill, model, request, choice, cache, room, options, copies=copies, **keep)
     length, capacity = request.length, state.cache.capacity
     queue = deque([output])
     dispatched, done = 1, 0
@@ -135,6 +135,9 @@ def start(
     choice: Any,
     cache: KVCache | None,
     room: int,
+    options: ResolvedConfig | None = None,
+    *,
+    copies: int,
     **static: Any,
 ) -> Any:
     """What `prefill`, a program, gives for the columns that the cache does not hold yet.
@@ -142,24 +145,34 @@ def start(
     Args:
       prefill: loop.prefill, or that of another way of decoding; `choice` and `static` are what it takes.
       cache: is made to have room for `room` tokens more.
+      options: cache_dtype and prefill_chunk_size are read; None: their defaults.
+      copies: continuations per prompt.
     """
-    tokens = bucket(request.length - request.cached, SMALLEST_PROMPT)
+    chunk = 0 if options is None else options.prefill_chunk_size or 0
+    chunks = (request.length - request.cached - 1) // chunk if chunk else 0
+    begun = request.cached + chunks * chunk  # where the last part begins
+    tokens = bucket(request.length - begun, SMALLEST_PROMPT)
     # The padding of a bucket is written too.
-    capacity = bucket(request.cached + tokens + room, SMALLEST_CACHE)
+    capacity = bucket(begun + tokens + room, SMALLEST_CACHE)
     if cache is not None:
         capacity = max(capacity, cache.capacity)
         cache = cache if cache.capacity == capacity else grow_cache(cache, capacity=capacity)
-        cache = cache.replace(bound=min(bucket(request.cached + tokens, SMALLEST_CACHE), capacity))
-    return prefill(
-        model.module,
-        model.params,
-        make_prompt(request, tokens, capacity),
-        choice,
-        cache,
-        capacity=capacity,
-        cache_dtype=cache_dtype(model),
-        **static,
-    )
+    shape = {"capacity": capacity, "cache_dtype": cache_dtype(model, options)}
+    for _ in range(chunks):
+        stop = request.cached + chunk
+        prompt = make_prompt(request, chunk, capacity, stop)
+        cache = loop.fill(model.module, model.params, prompt, _bounded(cache, stop), **shape)
+        request = replace(request, cached=stop)
+    if chunks and copies > 1:  # the cache is donated
+        request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
+    prompt = make_prompt(request, tokens, capacity)
+    cache = _bounded(cache, request.cached + tokens)
+    return prefill(model.module, model.params, prompt, choice, cache, copies=copies, **shape, **static)
+
+
+def _bounded(cache: KVCache | None, length: int) -> KVCache | None:
+    """The cache, of which attention reads `length` slots, in a bucket."""
+    return cache if cache is None else cache.replace(bound=min(bucket(length, SMALLEST_CACHE), cache.capacity))
 
 
 def kept(options: ResolvedConfig) -> dict[str, Any]:

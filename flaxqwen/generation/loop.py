@@ -145,6 +145,21 @@ def begin(state: DecodeState, choice: TokenChoice) -> DecodeState:
     return state if choice.grammar is None else state.replace(automaton=jnp.asarray(choice.grammar.first))
 
 
+@partial(jax.jit, static_argnames=("module", "capacity", "cache_dtype"), donate_argnames="cache")
+def fill(
+    module: nn.Module,
+    params: Params,
+    prompt: Prompt,
+    cache: KVCache | None,
+    *,
+    capacity: int,
+    cache_dtype: DTypeLike,
+) -> KVCache:
+    """The cache with one more part of the prompts in it. Arguments as of `prefill`."""
+    state, _, _ = run_prompt(module, params, prompt, cache, capacity=capacity, cache_dtype=cache_dtype, copies=1)
+    return settled(module, state.cache)
+
+
 def run_prompt(
     module: nn.Module,
     params: Params,

@@ -94,7 +94,7 @@ class Qwen2Attention(nn.Module):
             filled = cache.layers[self.layer_index].append(key, value, cache.length, self.sharding is not None)
             filled = settle(self.sharding, filled)
             readable = jax.tree.map(lambda a: a[:, :, : cache.readable], filled)
-        heads = (query, readable.key, readable.value, visibility, self.window)
+        heads = (query, readable.key, readable.value, visibility, self.window, readable.scales)
         drop = not deterministic and self.config.attention_dropout > 0
         weights = None
         if output_attentions or drop:

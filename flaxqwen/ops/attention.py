@@ -19,6 +19,8 @@ MASKED = float(jnp.finfo(jnp.float32).min)
 # never stand in memory whole: 8,192 tokens of a 7B take 0.94 GB in blocks of 512, 17 GB at once.
 QUERY_BLOCK = 512
 
+Scales = tuple[jax.Array, jax.Array]
+
 
 class Visibility(flax.struct.PyTreeNode):
     """Which cache slots each new token may see, in parts that broadcast: [T, S] is formed a block at a time.
@@ -71,6 +73,7 @@ def attend(
     value: jax.Array,
     visibility: Visibility,
     window: int | None = None,
+    scales: Scales | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention with grouped heads.
@@ -81,6 +84,8 @@ def attend(
         query: the products are the same.
       visibility: which slots each new token may see.
       window: sliding window in slots; None for full attention.
+      scales: of int8 keys and values, each [B, K, S, 1] float32. They come after the products, so that no wider copy of
+        the cache is needed.
       dropout: applied to the attention weights.
 
     Returns:
@@ -89,28 +94,38 @@ def attend(
     """
     B, T, N, H = query.shape
     K, S = key.shape[1:3]
+    if scales is not None:
+        key, value = key.astype(query.dtype), value.astype(query.dtype)
     grouped = query.reshape(B, T, K, N // K, H).astype(key.dtype)  # heads of one group are adjacent
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, key, preferred_element_type=jnp.float32) * H**-0.5
+    if scales is not None:
+        scores = scores * scales[0][:, :, None, None, :, 0]
     weights = jax.nn.softmax(visibility.apply(scores, window), axis=-1).astype(query.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    output = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    scaled = weights if scales is None else weights * scales[1][:, :, None, None, :, 0].astype(weights.dtype)
+    output = jnp.einsum("BKGTS,BKSH->BKGTH", scaled.astype(value.dtype), value, preferred_element_type=jnp.float32)
     # Not in the einsum: XLA's CPU backend has no bfloat16 dot whose result is in another order.
     output = output.transpose(0, 3, 1, 2, 4).astype(query.dtype)
     return output.reshape(B, T, N, H), weights.reshape(B, N, T, S)
 
 
 def attend_in_blocks(
-    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visibility: Visibility,
+    window: int | None = None,
+    scales: Scales | None = None,
 ) -> jax.Array:
     """`attend` for long prompts, QUERY_BLOCK queries at a time and without the weights: [B, T, N, H]."""
     T = query.shape[1]
     if T <= 2 * QUERY_BLOCK:
-        return attend(query, key, value, visibility, window)[0]
+        return attend(query, key, value, visibility, window, scales)[0]
 
     def block(start: jax.Array | int, size: int = QUERY_BLOCK) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(query, start, size, axis=1)
-        return attend(part, key, value, visibility.block(start, size), window)[0]
+        return attend(part, key, value, visibility.block(start, size), window, scales)[0]
 
     whole = T - T % QUERY_BLOCK
     blocks = jax.lax.map(block, jnp.arange(0, whole, QUERY_BLOCK))  # [blocks, B, QUERY_BLOCK, N, H]

@@ -41,12 +41,13 @@ SUPPORTED = {
     "output_attentions", "output_hidden_states", "guidance_scale", "prompt_lookup_num_tokens",
     "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "assistant_ensemble_weight", "output_logprobs", "top_logprobs",
+    "prefill_chunk_size", "cache_dtype",
 }
 # They are about a draft model with another tokenizer, which is refused.
 INERT = {"assistant_lookbehind", "target_lookbehind"}
 ACTIVE_VALUES: dict[str, Any] = {
-    "cache_implementation": "quantized", "cache_config": {"nbits": 4}, "max_cache_len": 64,
-    "prefill_chunk_size": 8, "token_healing": True, "is_assistant": True,
+    "cache_implementation": "offloaded", "cache_config": {"nbits": 4}, "max_cache_len": 64,
+    "token_healing": True, "is_assistant": True,
     "assistant_early_exit": 1, "speculation_type": "dflash",
     "low_memory": True, "penalty_alpha": 0.6, "dola_layers": "high", "diversity_penalty": 0.5, "num_beam_groups": 2,
     "constraints": ["a"], "force_words_ids": [[1]], "compile_config": {"mode": "default"},
@@ -169,7 +170,7 @@ def assert_same(resolved: ResolvedConfig, theirs: dict[str, Any]) -> None:
 def test_names_are_those_of_transformers(transformers: Any) -> None:
     theirs = set(transformers.GenerationConfig().to_dict()) - set(METADATA)
     assert theirs - set(OPTIONS) == {"decoder_start_token_id", "continuous_batching_config"}
-    assert set(OPTIONS) - theirs == {"seed", "output_logprobs", "top_logprobs"}
+    assert set(OPTIONS) - theirs == {"seed", "cache_dtype", "output_logprobs", "top_logprobs"}
 
 
 def test_defaults_are_those_of_transformers(transformers: Any) -> None:
