@@ -387,9 +387,13 @@ def report(
         "query_heads": [config.num_attention_heads, len(heads.queries)],
         "key_value_heads": [config.num_key_value_heads, len(heads.keys)],
         "hbm_bytes": int(chip.hbm),
-        "weight_bytes": _bytes_of(_params(made)),
-        "cache_bytes": _bytes_of(_state(made).cache.layers),
+        **held(made),
     }
     for name, build in (("prefill", compile_prefill), ("decode", compile_decode)):
         result[name] = asdict(build(made))
     return result
+
+
+def held(made: Plan) -> dict[str, int]:
+    """Bytes of the weights and of the KV cache on a chip."""
+    return {"weight_bytes": _bytes_of(_params(made)), "cache_bytes": _bytes_of(_state(made).cache.layers)}

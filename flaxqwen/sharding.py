@@ -99,6 +99,12 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     return sizes
 
 
+def mesh_of(text: str | None) -> Mesh:
+    """A mesh of all devices, from the text that parse_mesh reads. Raises ValueError as both."""
+    sizes = parse_mesh(text)
+    return make_mesh(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", -1))
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadLayout:
     """Attention heads as they lie on a tensor axis that the checkpoint's numbers may not fit.

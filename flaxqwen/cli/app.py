@@ -50,6 +50,17 @@ RepetitionPenalty = Annotated[
     float | None, typer.Option(metavar="R", help="Divides the logits of tokens seen before; 1 is none.")
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of sampling: one seed, one text.")]
+MeshSizes = Annotated[
+    str | None, typer.Option("--mesh", metavar="SIZES", help="Of data, fsdp and tensor, such as tensor=4.")
+]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="One of several processes with the same arguments, as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID say, or the cluster.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 
 
@@ -166,6 +177,8 @@ def _generate(
     ] = None,
     dtype: Dtype = "auto",
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text when it is complete.")] = False,
+    mesh: MeshSizes = None,
+    distributed: Distributed = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt, or answer it (--chat).
@@ -174,23 +187,27 @@ def _generate(
     prompt. Without --temperature, --top-p or --top-k the model's generation_config.json decides whether to sample.
     """
     from flaxqwen.cli.generate import generate_text, sampling_options
+    from flaxqwen.distributed import joined
 
-    generate_text(
-        model,
-        prompt,
-        file=file,
-        ids=ids,
-        chat=chat,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        options=sampling_options(temperature, top_p, top_k, repetition_penalty, seed),
-        regex=regex,
-        json_schema=json_schema,
-        assistant=assistant,
-        dtype=dtype,
-        stream=sys.stdout.isatty() and not no_stream,
-        as_json=as_json,
-    )
+    with joined(distributed):
+        generate_text(
+            model,
+            prompt,
+            file=file,
+            ids=ids,
+            chat=chat,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            options=sampling_options(temperature, top_p, top_k, repetition_penalty, seed),
+            regex=regex,
+            json_schema=json_schema,
+            assistant=assistant,
+            dtype=dtype,
+            stream=sys.stdout.isatty() and not no_stream,
+            as_json=as_json,
+            mesh=mesh,
+            distributed=distributed,
+        )
 
 
 @app.command(

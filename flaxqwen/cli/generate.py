@@ -24,9 +24,11 @@ from flaxqwen.cli.text import (
     read_prompt,
 )
 from flaxqwen.config import config_from_file
+from flaxqwen.distributed import is_main
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.inputs import check_input_ids
 from flaxqwen.hub import resolve_folder
+from flaxqwen.sharding import mesh_of
 
 # Transformers' default, 20, cuts nearly every answer in the middle of a sentence.
 DEFAULT_NEW_TOKENS = 256
@@ -48,6 +50,8 @@ def generate_text(
     dtype: str,
     stream: bool,
     as_json: bool,
+    mesh: str | None = None,
+    distributed: bool = False,
 ) -> None:
     """Continue one prompt and print the new text: as it comes (stream), or complete, or in a JSON object.
 
@@ -56,6 +60,8 @@ def generate_text(
       chat, system: apply the chat template, with a system message.
       options: of sampling, for generate().
       regex, json_schema: what the text is to match; the schema in a file. assistant: a draft model.
+      mesh: sizes such as "tensor=4", of all devices. distributed: this is one of several processes, which all have the
+        same arguments; the first one prints.
 
     Raises:
       ValueError: a prompt that is empty, out of the vocabulary, longer than the context, or given in several ways.
@@ -75,12 +81,14 @@ def generate_text(
         options = options | constraint(regex, json_schema) | {"tokenizer": need_tokenizer(tokenizer, folder)}
     with CompileClock() as clock:
         times = [clock.now()]
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        devices = mesh_of(mesh) if mesh or distributed else None
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, mesh=devices)
         if assistant is not None:
-            options = options | {"assistant_model": AutoModelForCausalLM.from_pretrained(assistant, dtype=dtype)}
+            draft = AutoModelForCausalLM.from_pretrained(assistant, dtype=dtype, mesh=devices)
+            options = options | {"assistant_model": draft}
         jax.block_until_ready(model.params)
         times.append(clock.now())
-        output = TextStream(decoder(tokenizer), print_now if stream and not as_json else None, clock.now)
+        output = TextStream(decoder(tokenizer), print_now if stream and not as_json and is_main() else None, clock.now)
         own = model.generation_config
         length = length_options(own, max_new_tokens, room=config.context_length - len(tokens))
         if (own.num_beams or 1) > 1:  # which tokens stand is known at the end only
@@ -91,6 +99,8 @@ def generate_text(
             model.generate(inputs, streamer=output, **length, **options)
         times += [output.first_at, clock.now()]
     finish = finish_reason(own, output.tokens)
+    if not is_main():
+        return
     if as_json:
         result = {
             "model": name,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxqwen.distributed import agree
 from flaxqwen.generation.callables import parameters
 from flaxqwen.generation.config import OPTIONS, ResolvedConfig
 from flaxqwen.generation.decoding import Control, make_choice
@@ -78,7 +79,7 @@ def criterion_of(stopping: Stopping, max_length: int) -> Callable[..., np.ndarra
 
     def ended(input_ids: Any, scores: Any = None, **_: Any) -> np.ndarray:
         ids: Any = np.asarray(input_ids)
-        late = stopping.seconds is not None and time.monotonic() - begun > stopping.seconds
+        late = stopping.seconds is not None and bool(agree(time.monotonic() - begun > stopping.seconds))
         result = np.isin(ids[:, -1], stopping.eos_token_id) | late | (ids.shape[1] >= max_length)
         for criterion in stopping.traced:
             result |= np.asarray(criterion(ids, scores, ids.shape[1]))

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from flaxqwen.cache import KVCache, grow_cache, repeat_cache
+from flaxqwen.distributed import agree
 from flaxqwen.generation import host, loop
 from flaxqwen.generation.callables import HostCall
 from flaxqwen.generation.config import ResolvedConfig
@@ -122,7 +123,8 @@ def run(
             ended = ask(output.tokens[0], None if output.scores is None else output.scores[0])
             output = output.replace(finished=output.finished | ended)
             state = state.replace(finished=output.finished[-1])
-        late = stopping.seconds is not None and time.monotonic() - begun > stopping.seconds
+        # Every process stops at the same step.
+        late = stopping.seconds is not None and bool(agree(time.monotonic() - begun > stopping.seconds))
         finished = output.finished[-1] | late
         lengths = np.full(finished.shape, length + done - 1, np.int32)
         yield output, state.cache.replace(length=lengths, bound=None)
@@ -200,7 +202,9 @@ def make_choice(
     if control.allowed is not None:
         place = sum(isinstance(processor, BEFORE_ALLOWED) for processor in build())
         processors = (*processors[:place], control.allowed, *processors[place:])
-    seed = np.random.randint(2**32, dtype=np.uint32) if options.seed is None else np.uint32(options.seed)
+    seed = np.uint32(options.seed or 0)
+    if options.seed is None:
+        seed = np.uint32(agree(np.random.randint(2**32, dtype=np.uint32)))
     pad = 0 if options.pad_token_id is None else options.pad_token_id
     stopping = control.stopping
     return TokenChoice(

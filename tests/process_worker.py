@@ -1,0 +1,72 @@
+"""One of several processes: python -m tests.process_worker FOLDER command|death, with JAX's variables set.
+
+`command` runs `flaxqwen generate --distributed`; `death` generates, and then the last process is killed while the
+others go on. What a process has read and made goes to FOLDER/PROCESSES-PROCESS.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+import jax
+import numpy as np
+
+from flaxqwen import AutoModelForCausalLM, loading, make_mesh
+from flaxqwen.cli import main
+from flaxqwen.distributed import joined
+
+NEW = 6
+PROMPT = [3, 1, 4, 1, 5]
+read = 0
+
+
+def counted(tensor: Any, box: Any, counter: Any = None) -> np.ndarray:
+    """loading.read_box, with its bytes counted."""
+    global read
+    values = read_box(tensor, box, counter)
+    read += values.nbytes
+    return values
+
+
+read_box, loading.read_box = loading.read_box, counted
+
+
+def save(folder: Path, **values: Any) -> None:
+    """Write what this process has to say."""
+    name = f"{os.environ['JAX_NUM_PROCESSES']}-{os.environ['JAX_PROCESS_ID']}.json"
+    (folder / name).write_text(json.dumps({"read": read, **values}))
+
+
+def command(folder: Path) -> int:
+    """Sample by the command line; prints, in the first process."""
+    options = ["--temperature", "0.8", "--seed", "5", "--max-new-tokens", str(NEW), "--json"]
+    code = main(["generate", str(folder), "--ids", " ".join(map(str, PROMPT)), "--distributed", *options])
+    save(folder)
+    return code
+
+
+def death(folder: Path) -> int:
+    """Generate, then go on until another process is gone."""
+    with joined(True):
+        model = AutoModelForCausalLM.from_pretrained(folder, mesh=make_mesh(data=2))
+        prompts = np.asarray([PROMPT, PROMPT[::-1]])
+        settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        output = model.generate(prompts, max_new_tokens=NEW, **settings)
+        drawn = model.generate(prompts, max_new_tokens=NEW, do_sample=True)  # one seed for all
+        save(folder, tokens=output.sequences.tolist(), logits=np.stack(output.logits).tolist(), drawn=drawn.tolist())
+        if jax.process_index() == jax.process_count() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for _ in range(10_000):
+            model.generate(prompts, max_new_tokens=NEW, **settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit({"command": command, "death": death}[sys.argv[2]](Path(sys.argv[1])))
