@@ -1,4 +1,4 @@
-"""Beam search and beam sampling: compiled steps over the beams of all prompts, and the host's loop around them.
+"""Beam search and beam sampling: compiled steps over the beams of all prompts; search.py has the host's side.
 
 The algorithm is that of `_beam_search` in transformers/generation/utils.py, with its arithmetic in its order, so that
 the same hypotheses win. A prompt keeps M running hypotheses and the M best finished ones; a step scores every
@@ -10,7 +10,6 @@ buffer, V vocabulary, P columns of the prompts, n new tokens.
 
 from __future__ import annotations
 
-from collections import deque
 from functools import partial
 from typing import Any
 
@@ -18,38 +17,25 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from flaxqwen.cache import KVCache, repeat_cache
-from flaxqwen.generation.config import ResolvedConfig
-from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, Control, make_choice, start
-from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform, prompt_cache
-from flaxqwen.generation.loop import Params, Prompt, for_each_prompt, run_model, run_prompt, settled
+from flaxqwen.cache import KVCache
+from flaxqwen.generation.loop import (
+    Params,
+    Prompt,
+    States,
+    for_each_prompt,
+    of_prompts,
+    run_model,
+    run_prompt,
+    settled,
+)
 from flaxqwen.generation.sampling import TokenChoice, advance, constrain, guide, process
-from flaxqwen.models.outputs import ModelOutput
 
 # Added to the score of a hypothesis that must not win, as in Transformers: it still wins over -inf.
 EXCLUDED = -1.0e9
 
 BLOCK = 128  # cache slots that a reorder moves at a time
-
-
-class GenerateBeamDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):
-    """Transformers' output of return_dict_in_generate with beams. R = num_return_sequences, the best first.
-
-    sequences: [B R, P + n] int32, prompts included. sequences_scores: [B R] float32, if scores are asked for: the sum
-    of the log-probabilities over n ** length_penalty. scores, logits: a [B M, V] float32 for each step, processed
-    log-probabilities and raw logits, if asked for. beam_indices: [B R, n] int32, the row of `scores` that each token
-    was chosen from, -1 after the end. past_key_values: the cache of the beams still running, all tokens but the last.
-    """
-
-    sequences: np.ndarray
-    sequences_scores: np.ndarray | None = None
-    scores: tuple[np.ndarray, ...] | None = None
-    logits: tuple[np.ndarray, ...] | None = None
-    beam_indices: np.ndarray | None = None
-    past_key_values: KVCache | None = None
 
 
 class BeamChoice(flax.struct.PyTreeNode):
@@ -118,18 +104,23 @@ class BeamState(flax.struct.PyTreeNode):
 
 
 class BeamOutput(flax.struct.PyTreeNode):
-    """What steps give the host: whether the search was over before the step, and after it, [steps] bool; and, if asked
-    for, processed log-probabilities and raw logits [steps, B * M, V]."""
+    """What steps give the host: whether the search was over before the step, and after it, [steps] bool.
+
+    If asked for: scores, logits: [steps, B * M, V] float32, processed log-probabilities and raw logits; attentions and
+    hidden_states as of loop.StepOutput.
+    """
 
     idle: jax.Array
     done: jax.Array
     scores: jax.Array | None = None
     logits: jax.Array | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
 
 
 @partial(
     jax.jit,
-    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_scores", "keep_logits"),
+    static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_scores", "keep_logits", "keep_states"),
     donate_argnames="cache",
 )
 def prefill(
@@ -144,14 +135,23 @@ def prefill(
     copies: int,
     keep_scores: bool,
     keep_logits: bool,
+    keep_states: tuple[str, ...] = (),
 ) -> tuple[BeamState, BeamOutput]:
     """Run the prompts and choose the beams' first tokens; the arguments are those of loop.prefill.
 
     copies: M, or 1 where the prompts' rows have been repeated already.
     """
-    rows, logits, _ = run_prompt(
-        module, params, prompt, cache, capacity=capacity, cache_dtype=cache_dtype, copies=copies
-    )
+    shape: dict[str, Any] = {"capacity": capacity, "cache_dtype": cache_dtype, "copies": copies}
+    state, logits, states = run_prompts(module, params, prompt, choice, cache, **shape, keep_states=keep_states)
+    state, output = _advance(state, choice, logits, keep_scores, keep_logits, states)
+    return settled(module, (state, jax.tree.map(lambda a: a[None], output)))
+
+
+def run_prompts(
+    module: nn.Module, params: Params, prompt: Prompt, choice: BeamChoice, cache: KVCache | None, **static: Any
+) -> tuple[BeamState, jax.Array, States]:
+    """The state after the prompts, logits [B * M, V] of the first tokens, states kept. Arguments as of `prefill`."""
+    rows, logits, states = run_prompt(module, params, prompt, cache, **static)
     M = choice.beams
     sequences = rows.input_ids.reshape(-1, M, rows.input_ids.shape[1])
     B = len(sequences)
@@ -169,11 +169,12 @@ def prefill(
         done=jnp.zeros((), bool),
         automaton=None if choice.token.grammar is None else jnp.asarray(choice.token.grammar.first),
     )
-    state, output = _advance(state, choice, logits, keep_scores, keep_logits)
-    return settled(module, (state, jax.tree.map(lambda a: a[None], output)))
+    return state, logits, states
 
 
-@partial(jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits"), donate_argnames="state")
+@partial(
+    jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits", "keep_states"), donate_argnames="state"
+)
 def decode(
     module: nn.Module,
     params: Params,
@@ -183,44 +184,75 @@ def decode(
     steps: int,
     keep_scores: bool,
     keep_logits: bool,
+    keep_states: tuple[str, ...] = (),
 ) -> tuple[BeamState, BeamOutput]:
     """`steps` steps of the search under one scan. state.cache.bound covers the last of them."""
 
     def step(state: BeamState, _: None) -> tuple[BeamState, BeamOutput]:
         # Ties the weights to the carry, as in loop.decode.
         weights, state = jax.lax.optimization_barrier((params, state))
-        newest = jax.lax.dynamic_slice_in_dim(state.running.sequences, state.cur_len - 1, 1, axis=2)
-        logits, cache, _states = run_model(
-            module,
-            weights,
-            for_each_prompt(newest.reshape(-1, 1), state.position),
-            (),
-            attention_mask=state.slot_mask,
-            position_ids=state.position[:, None],
-            past_key_values=state.cache,
-        )
-        after, output = _advance(state.replace(cache=cache), choice, logits, keep_scores, keep_logits)
-        parents = _column(after.running.sources, state.cur_len).reshape(-1)
-        parents = jnp.where(state.done, jnp.arange(len(parents)), parents)
-        if choice.token.guidance is not None:
-            parents = jnp.concatenate([parents, parents + len(parents)])
-        return after.replace(cache=_reorder(after.cache, parents, choice.prompt_slots)), output
+        state, logits, states = run_newest(module, weights, state, keep_states)
+        before = state.done, state.cur_len
+        state, output = _advance(state, choice, logits, keep_scores, keep_logits, states)
+        return follow_parents(state, choice, *before), output
 
     return settled(module, jax.lax.scan(step, state, None, length=steps))
 
 
+def run_newest(
+    module: nn.Module, params: Params, state: BeamState, keep_states: tuple[str, ...]
+) -> tuple[BeamState, jax.Array, States]:
+    """Run the newest token of each beam: the state with it in the cache, logits [B * M, V] of the next, states kept."""
+    newest = jax.lax.dynamic_slice_in_dim(state.running.sequences, state.cur_len - 1, 1, axis=2)
+    logits, cache, states = run_model(
+        module,
+        params,
+        for_each_prompt(newest.reshape(-1, 1), state.position),
+        keep_states,
+        attention_mask=state.slot_mask,
+        position_ids=state.position[:, None],
+        past_key_values=state.cache,
+    )
+    return state.replace(cache=cache), logits, states
+
+
+def follow_parents(state: BeamState, choice: BeamChoice, was_done: jax.Array, cur_len: jax.Array) -> BeamState:
+    """The state whose cache is that of the beams which were continued at column cur_len, unless all was done."""
+    parents = _column(state.running.sources, cur_len).reshape(-1)
+    parents = jnp.where(was_done, jnp.arange(len(parents)), parents)
+    if choice.token.guidance is not None:
+        parents = jnp.concatenate([parents, parents + len(parents)])
+    return state.replace(cache=_reorder(state.cache, parents, choice.prompt_slots))
+
+
 def _advance(
-    state: BeamState, choice: BeamChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool
+    state: BeamState, choice: BeamChoice, logits: jax.Array, keep_scores: bool, keep_logits: bool, states: States
 ) -> tuple[BeamState, BeamOutput]:
     """One step of the search, from the logits [B * M, V] of the running beams' next tokens; none, once it is done."""
+    logits, scores = first_scores(state, choice, logits)
+    scores = process(choice.token.processors, beams_of(state), scores, state.cur_len)
+    found, counts = propose(state, choice, scores)
+    after = conclude(state, choice, found, counts)
+    output = BeamOutput(state.done, after.done, scores if keep_scores else None, logits if keep_logits else None)
+    return after, output.replace(**of_prompts(states, scores))
+
+
+def beams_of(state: BeamState) -> jax.Array:
+    """[B * M, W]: the running sequences."""
+    return state.running.sequences.reshape(-1, state.running.sequences.shape[-1])
+
+
+def first_scores(state: BeamState, choice: BeamChoice, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits [B * M, V], and the log-probabilities that processors begin with."""
     logits, scores = guide(choice.token, logits.astype(jnp.float32))
     if choice.token.guidance is None:
         scores = jax.nn.log_softmax(scores)
-    B, M, W = state.running.sequences.shape
-    sequences = state.running.sequences.reshape(B * M, W)
-    scores = constrain(choice.token, scores, state.automaton)
-    scores = process(choice.token.processors, sequences, scores, state.cur_len)
-    found, counts = _continue(state, choice, scores)
+    return logits, constrain(choice.token, scores, state.automaton)
+
+
+def conclude(state: BeamState, choice: BeamChoice, found: Beams, counts: jax.Array) -> BeamState:
+    """The state after a step that found these candidates, of which those count; the cache is still the parents'."""
+    M = choice.beams
     running = _best(found.replace(scores=found.scores + jnp.where(found.ended, EXCLUDED, 0.0)), M)
     finished = _finish(state, choice, found)
     cur_len = state.cur_len + 1
@@ -238,9 +270,8 @@ def _advance(
     )
     # Once done, a step writes to the cache out of sight, and the rest stays as it is.
     after = jax.tree.map(partial(jnp.where, state.done), state.replace(cache=None), after.replace(cache=None))
-    output = BeamOutput(state.done, after.done, scores if keep_scores else None, logits if keep_logits else None)
     length = state.cache.length - 1 + (after.cur_len - state.cur_len)
-    return after.replace(cache=state.cache.replace(length=length)), output
+    return after.replace(cache=state.cache.replace(length=length))
 
 
 def _follow(state: BeamState, choice: BeamChoice, running: Beams) -> jax.Array | None:
@@ -251,7 +282,7 @@ def _follow(state: BeamState, choice: BeamChoice, running: Beams) -> jax.Array |
     return advance(choice.token, state.automaton[parents], tokens)
 
 
-def _continue(state: BeamState, choice: BeamChoice, scores: jax.Array) -> tuple[Beams, jax.Array]:
+def propose(state: BeamState, choice: BeamChoice, scores: jax.Array) -> tuple[Beams, jax.Array]:
     """The best C continuations of each prompt's running beams, or C drawn without replacement.
 
     scores: [B * M, V] float32, of each beam's next token.
@@ -272,8 +303,12 @@ def _continue(state: BeamState, choice: BeamChoice, scores: jax.Array) -> tuple[
     found = _take(state.running, beams)
     rows = jnp.arange(B)[:, None] * M + beams
     ended = jnp.isin(tokens, jnp.asarray(choice.token.eos_ids)) | (state.cur_len + 1 >= choice.max_length)
+    sequences = _set_column(found.sequences, tokens, state.cur_len)
+    for criterion in choice.token.criteria:
+        flat, parents = sequences.reshape(-1, sequences.shape[-1]), scores[rows.reshape(-1)]
+        ended |= jnp.broadcast_to(criterion(flat, parents, state.cur_len + 1), flat.shape[:1]).reshape(ended.shape)
     found = Beams(
-        sequences=_set_column(found.sequences, tokens, state.cur_len),
+        sequences=sequences,
         sources=_set_column(found.sources, rows, state.cur_len),
         scores=jnp.where(counts, total, -jnp.inf),
         ended=ended,
@@ -370,101 +405,3 @@ def _reorder(cache: KVCache, parents: jax.Array, prompt_slots: ArrayLike) -> KVC
 
     first, last = jnp.asarray(prompt_slots) // block, -(-cache.length // block)
     return cache.replace(layers=jax.lax.fori_loop(first, last, move, cache.layers))
-
-
-def check_beams(options: ResolvedConfig, request: Inputs, control: Control, streams: bool) -> None:
-    """ValueError for what cannot go with beams: it would have to know which tokens stand before the end.
-
-    Transformers refuses a streamer too, but takes the others.
-    """
-    stopping = control.stopping
-    asked = {
-        "a streamer": streams,
-        "stopping_criteria, stop_strings and max_time": stopping.traced
-        or stopping.host
-        or stopping.seconds is not None,
-        "prefix_allowed_tokens_fn, and a logits_processor called on the host,": control.processes_on_host,
-        "output_attentions and output_hidden_states": options.output_attentions or options.output_hidden_states,
-        "output_logprobs (output_scores has them)": options.output_logprobs,
-    }
-    found = [name for name, present in asked.items() if present]
-    if found:
-        raise ValueError(f"{'; '.join(found)} cannot be used with num_beams={options.num_beams}; use num_beams=1")
-
-
-def search(
-    model: CausalLM, request: Inputs, options: ResolvedConfig, control: Control, cache: KVCache | None = None
-) -> GenerateBeamDecoderOnlyOutput:
-    """Beam search, or with do_sample beam sampling: dispatch programs until one says that the search is over.
-
-    Args:
-      request: the prompts.
-      options: num_beams and the rest.
-      control: what check_beams lets pass: processors that are traced.
-      cache: of a beginning of the prompts; it is donated.
-    """
-    steps, ahead = CHUNK.get(platform(model.params), DEFAULT_CHUNK)
-    choice = make_beam_choice(request, options, control, model.config.vocab_size)
-    copies = options.num_beams
-    if cache is not None:  # the rows must part before the rest of the prompt is run: the cache is donated
-        request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
-    keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
-    room = options.max_new_tokens + steps
-    state, output = start(prefill, model, request, choice, cache, room, options, copies=copies, **keep)
-    queue, dispatched = deque([output]), 1
-    outputs: list[BeamOutput] = []
-    while not outputs or not outputs[-1].done[-1]:
-        while dispatched < options.max_new_tokens and len(queue) <= ahead:
-            bound = min(bucket(request.length + dispatched + steps, SMALLEST_CACHE), state.cache.capacity)
-            state = state.replace(cache=state.cache.replace(bound=bound))
-            state, output = decode(model.module, model.params, state, choice, steps=steps, **keep)
-            queue.append(output)
-            dispatched += steps
-        outputs.append(jax.device_get(queue.popleft()))
-    return _result(state, jax.tree.map(lambda *a: np.concatenate(a), *outputs), options, request)
-
-
-def make_beam_choice(request: Inputs, options: ResolvedConfig, control: Control, vocab_size: int) -> BeamChoice:
-    """The options in the program's terms."""
-    M, ends = options.num_beams, max(len(options.eos_token_id), 1)
-    return BeamChoice(
-        token=make_choice(request, options, M, vocab_size, control),
-        prompt_length=np.int32(request.input_ids.shape[1]),
-        max_length=np.int32(options.max_length),
-        prompt_slots=np.int32(request.length),
-        kept=np.int32((1 + ends) * M),
-        length_penalty=np.float32(options.length_penalty),
-        stop_when_full=np.bool_(options.early_stopping is True),
-        never=np.bool_(options.early_stopping == "never"),
-        beams=M,
-        candidates=min((1 + bucket(ends, 1)) * M, M * vocab_size),
-    )
-
-
-def _result(
-    state: BeamState, output: BeamOutput, options: ResolvedConfig, request: Inputs
-) -> GenerateBeamDecoderOnlyOutput:
-    """The best hypotheses of each prompt, cut at the longest one's end."""
-    prompt_length = request.input_ids.shape[1]
-    finished = jax.device_get(state.finished)
-    best = jax.tree.map(lambda a: a[:, : options.num_return_sequences].reshape(-1, *a.shape[2:]), finished)
-    ends = prompt_length + (best.sources >= 0).sum(axis=1)
-    sequences = np.where(np.arange(best.sequences.shape[1]) < ends[:, None], best.sequences, _fill(options))
-    count = int((~output.idle).sum())
-    cache = None
-    if options.use_cache:
-        length = np.full(state.position.shape, request.length + count - 1, np.int32)
-        cache = prompt_cache(state.cache.replace(length=length, bound=None), request)
-    return GenerateBeamDecoderOnlyOutput(
-        sequences=sequences[:, : ends.max()].astype(np.int32),
-        sequences_scores=best.scores if options.output_scores else None,
-        scores=None if output.scores is None else tuple(output.scores[:count]),
-        logits=None if output.logits is None else tuple(output.logits[:count]),
-        beam_indices=best.sources[:, prompt_length : ends.max()],
-        past_key_values=cache,
-    )
-
-
-def _fill(options: ResolvedConfig) -> int:
-    """What stands after the end of a hypothesis. As in Transformers, a pad id of 0 is taken for none."""
-    return (options.pad_token_id or options.eos_token_id[0]) if options.eos_token_id else -1

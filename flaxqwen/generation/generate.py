@@ -18,7 +18,6 @@ from jax.typing import ArrayLike
 from flaxqwen.cache import KVCache
 from flaxqwen.generation import assisted, loop
 from flaxqwen.generation.assisted import Drafter, make_drafter
-from flaxqwen.generation.beam import GenerateBeamDecoderOnlyOutput, check_beams, search
 from flaxqwen.generation.callables import HostCall, check_scores, wrap
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig, resolve
 from flaxqwen.generation.custom import own_arguments, run_custom
@@ -35,7 +34,8 @@ from flaxqwen.generation.inputs import (
     prompt_cache,
     with_negative,
 )
-from flaxqwen.generation.outputs import GenerateDecoderOnlyOutput, token_logprobs
+from flaxqwen.generation.outputs import GenerateDecoderOnlyOutput, layer_states, token_logprobs
+from flaxqwen.generation.search import GenerateBeamDecoderOnlyOutput, check_beams, search
 from flaxqwen.generation.stopping import make_stopping
 from flaxqwen.generation.streamers import Stream, Streamer, text_pieces
 
@@ -124,7 +124,7 @@ def generate(
         )  # fmt: skip
     resolved, prompts = call.options, call.prompts
     if resolved.num_beams > 1:
-        check_beams(resolved, call.request, call.control, streamer is not None)
+        check_beams(resolved, streamer is not None)
         beams = search(model, call.request, resolved, call.control, past_key_values)
         return beams if resolved.return_dict_in_generate else beams.sequences
     if streamer is not None:
@@ -143,7 +143,9 @@ def generate(
     if not resolved.return_dict_in_generate:
         return sequences
     extras: dict[str, Any] = {
-        name: tuple(layer_states(steps, name, call.request)) for name in loop.STATES if getattr(steps[0], name)
+        name: tuple(layer_states([(len(o.tokens), getattr(o, name)) for o in steps], name, call.request))
+        for name in loop.STATES
+        if getattr(steps[0], name)
     }
     if resolved.output_logprobs:
         extras |= token_logprobs(steps, resolved.top_logprobs)
@@ -173,7 +175,7 @@ def stream(model: CausalLM, *inputs: Any, tokenizer: Any = None, **arguments: An
     """
     call = prepare(model, *inputs, tokenizer=tokenizer, **arguments)
     if call.options.num_beams > 1:
-        check_beams(call.options, call.request, call.control, streams=True)
+        check_beams(call.options, streams=True)
     return Stream(token_pieces(call) if tokenizer is None else text_pieces(call.steps(), tokenizer))
 
 
@@ -181,18 +183,6 @@ def token_pieces(call: Call) -> Generator[np.ndarray, None, None]:
     """The tokens [B] of each step."""
     for tokens, _ in call.steps():
         yield tokens
-
-
-def layer_states(outputs: list[Any], name: str, request: Inputs) -> Iterator[tuple[np.ndarray, ...]]:
-    """The attentions or hidden states of each step, for each layer, without what padding and later slots hold."""
-    skip = 0 if request.guided is None else request.length - request.input_ids.shape[1]
-    tokens, slots = slice(skip, request.length - request.cached), request.length
-    for output in outputs:
-        for step in range(len(output.tokens)):
-            layers = (layer[step] for layer in getattr(output, name))
-            seen = (..., tokens, slice(skip, slots)) if name == "attentions" else (slice(None), tokens)
-            yield tuple(np.asarray(layer[seen]) for layer in layers)
-            tokens, slots = slice(1), slots + 1
 
 
 @dataclass(frozen=True)
@@ -281,7 +271,7 @@ def prepare(
     stopping, resolved = make_stopping(resolved, stopping_criteria, tokenizer, rows, vocab_size)
     if prefix_allowed_tokens_fn is not None and not callable(prefix_allowed_tokens_fn):
         raise ValueError(f"prefix_allowed_tokens_fn must be callable, found {prefix_allowed_tokens_fn!r}")
-    allowed = None if prefix_allowed_tokens_fn is None else AllowedTokens(prefix_allowed_tokens_fn)
+    allowed = None if prefix_allowed_tokens_fn is None else AllowedTokens(prefix_allowed_tokens_fn, resolved.num_beams)
     copies = resolved.num_beams if resolved.num_beams > 1 else resolved.num_return_sequences
     constraint = (regex, json_schema, tokenizer, len(ids), copies, vocab_size, resolved.eos_token_id)
     control = Control(stopping, processors, allowed, make_grammar(*constraint))

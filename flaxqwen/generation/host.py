@@ -62,8 +62,9 @@ class AllowedTokens(HostCall):
     Source: PrefixConstrainedLogitsProcessor in transformers/generation/logits_process.py.
     """
 
-    def __init__(self, function: Callable[[int, Any], Any]) -> None:
+    def __init__(self, function: Callable[[int, Any], Any], beams: int = 1) -> None:
         super().__init__(self.mask)
+        self.beams = beams
         self.name = "prefix_allowed_tokens_fn"
         self.allowed = function
 
@@ -76,7 +77,7 @@ class AllowedTokens(HostCall):
         given = np.asarray(scores)
         masked = np.full_like(given, -np.inf)
         for row, tokens in enumerate(input_ids):
-            allowed = np.asarray(self.allowed(row, tokens), np.int64).reshape(-1)
+            allowed = np.asarray(self.allowed(row // self.beams, tokens), np.int64).reshape(-1)
             if not allowed.size or allowed.min() < 0 or allowed.max() >= given.shape[1]:
                 raise ValueError(
                     f"{self.name} returned {allowed.tolist()} for row {row}; expected token ids from 0 to "
@@ -137,7 +138,7 @@ def _extend(
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
     logits, scores = _begin(choice.replace(processors=(), criteria=()), logits, state.automaton)
-    scores = process_on_host(choice.processors, state, scores)
+    scores = process_on_host(choice.processors, state.input_ids, state.cur_len, scores)
     state, tokens = _append(state, choice.replace(processors=()), scores)
     kept = scores if keep_scores else None, logits if keep_logits else None
     # Off the device at once: the state is donated to the next step, and `finished` with it.
@@ -146,17 +147,19 @@ def _extend(
     return state, jax.tree.map(lambda a: a[None], output)
 
 
-def process_on_host(processors: tuple[LogitsProcessor, ...], state: loop.DecodeState, scores: Any) -> jax.Array:
+def process_on_host(
+    processors: tuple[LogitsProcessor, ...], input_ids: jax.Array, cur_len: jax.Array, scores: Any
+) -> jax.Array:
     """Scores [B, V] processed: host processors between the runs of those that are traced."""
     vocab_size = scores.shape[1]
     for on_host, group in itertools.groupby(processors, lambda processor: isinstance(processor, HostCall)):
         if not on_host:
-            scores = _process(tuple(group), state.input_ids, scores, state.cur_len)
+            scores = _process(tuple(group), input_ids, scores, cur_len)
             continue
-        input_ids = np.asarray(state.input_ids)[:, : int(state.cur_len)]
+        seen = np.asarray(input_ids)[:, : int(cur_len)]
         for processor in group:
             assert isinstance(processor, HostCall)
-            scores = processor(input_ids, np.asarray(scores))
-            check_scores(processor.name, scores, len(input_ids), vocab_size)
+            scores = processor(seen, np.asarray(scores))
+            check_scores(processor.name, scores, len(seen), vocab_size)
         scores = scores.astype(np.float32)
     return scores

@@ -6,7 +6,7 @@ N query heads, T tokens of a step, S slots that they see, D model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from flaxqwen.cache import KVCache
+from flaxqwen.generation.inputs import Inputs
 from flaxqwen.models.outputs import ModelOutput
 
 
@@ -85,3 +86,18 @@ def compute_transition_scores(
         if normalize_logits:
             chosen[:, step] -= np.logaddexp.reduce(rows, axis=1)
     return np.where(beams < 0, np.float32(0), chosen)
+
+
+def layer_states(outputs: list[tuple[int, Any]], name: str, request: Inputs) -> Iterator[tuple[np.ndarray, ...]]:
+    """The attentions or hidden states of each step, for each layer, without what padding and later slots hold.
+
+    outputs: of each program its number of steps and, for each layer, what it gave of them, [steps, ...].
+    """
+    skip = 0 if request.guided is None else request.length - request.input_ids.shape[1]
+    tokens, slots = slice(skip, request.length - request.cached), request.length
+    for count, given in outputs:
+        for step in range(count):
+            layers = (layer[step] for layer in given)
+            seen = (..., tokens, slice(skip, slots)) if name == "attentions" else (slice(None), tokens)
+            yield tuple(np.asarray(layer[seen]) for layer in layers)
+            tokens, slots = slice(1), slots + 1

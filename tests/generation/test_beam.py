@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flaxqwen.cache import KVCache, LayerCache
-from flaxqwen.generation import beam, decoding, inputs
+from flaxqwen.generation import beam, decoding, inputs, search
 from flaxqwen.generation.config import GenerationConfig, resolve
 from flaxqwen.generation.decoding import Control
 from flaxqwen.generation.stopping import Stopping
@@ -157,7 +157,7 @@ def begin(ours, ids, mask, **changes):
     given = KEEP | {"num_beams": 4, "max_new_tokens": NEW, "eos_token_id": EOS["several"]} | changes
     options = resolve(GenerationConfig(), None, given, input_length=ids.shape[1], max_position_embeddings=2048)
     request = inputs.Inputs(ids, mask.astype(bool))
-    choice = beam.make_beam_choice(request, options, Control(Stopping()), VOCAB)
+    choice = search.make_beam_choice(request, options, Control(Stopping()), VOCAB)
     keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
     state, _ = decoding.start(beam.prefill, ours, request, choice, None, NEW + 4, copies=4, **keep)
     return choice, state.replace(cache=state.cache.replace(bound=512)), keep
@@ -316,6 +316,7 @@ class Recorder:
 BAD = [
     ({"num_beams": 2, "streamer": Recorder()}, "streamer cannot be used"),
     ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences must not be more than num_beams=2"),
+    ({"num_beams": 2, "output_logprobs": True, "return_dict_in_generate": True}, "output_logprobs .* cannot be used"),
     ({"num_beams": 0}, "num_beams must be greater than 0"),
     ({"num_beams": 2, "early_stopping": "sometimes"}, "early_stopping must be True, False or 'never'"),
 ]
@@ -328,25 +329,97 @@ def test_refusals_come_before_compiling(options, message, ours):
     assert not compiled
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"max_time": 1.0}, "max_time cannot be used with num_beams=2"),
-        ({"stopping_criteria": [lambda ids, scores: False]}, "stopping_criteria"),
-        ({"prefix_allowed_tokens_fn": lambda row, ids: [1]}, "prefix_allowed_tokens_fn"),
-        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-@pytest.mark.filterwarnings("ignore:.*called on the host")
-def test_what_cannot_go_with_beams_is_refused(arguments, message, rng):
-    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
-    mine = Model(module, params, module.config, GenerationConfig())
-    with pytest.raises(ValueError, match=message):
-        mine.generate(random_ids(rng, (1, 5)), num_beams=2, max_new_tokens=3, **arguments)
-
-
-def test_beams_cannot_be_streamed_step_by_step(rng):
-    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
+def test_beams_cannot_be_streamed_step_by_step(ours, rng):
     with pytest.raises(ValueError, match="a streamer cannot be used"):
-        Model(module, params, module.config, GenerationConfig()).stream(random_ids(rng, (1, 5)), num_beams=2)
+        ours.stream(random_ids(rng, (1, 5), VOCAB), num_beams=2)
+
+
+def with_both(ours, rng, **options):
+    """Transformers' output and ours for a random model and prompts, ties within rounding left aside."""
+    while True:
+        theirs = torch_model("Qwen2ForCausalLM", tiny(vocab_size=VOCAB), seed=int(rng.integers(2**31)))
+        gaps = smallest_gap(theirs)
+        ids, mask = prompts(rng)
+        given = KEEP | {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": NEW, "pad_token_id": 3}
+        given |= {"attention_mask": mask} | options
+        want = theirs.generate(th(ids), do_sample=False, **(given | {"attention_mask": th(mask)}))
+        if min(gaps) > 2e-5:
+            break
+    got = replace(ours, params=params_of(theirs)).generate(ids, **given)
+    np.testing.assert_array_equal(got.sequences, want.sequences)
+    np.testing.assert_array_equal(got.beam_indices, want.beam_indices)
+    np.testing.assert_allclose(got.sequences_scores, want.sequences_scores, rtol=1e-6, atol=1e-5)
+    return got, want
+
+
+@pytest.mark.parametrize("eos", ["none", "one"])
+def test_criteria_end_candidates(eos, ours, rng):
+    """A user's criterion, traced or on the host, and stop strings' place in the loop: each candidate by itself."""
+
+    def on_host(input_ids, scores, **_):
+        return (input_ids[:, -1] % 5 == 0) & (input_ids.shape[1] > 12)
+
+    def traced(input_ids, scores, cur_len):
+        newest = jax.lax.dynamic_slice_in_dim(input_ids, cur_len - 1, 1, axis=1)[:, 0]
+        return (newest % 5 == 0) & (cur_len > 12)
+
+    for _ in range(3):
+        theirs = torch_model("Qwen2ForCausalLM", tiny(vocab_size=VOCAB), seed=int(rng.integers(2**31)))
+        ids, mask = prompts(rng)
+        given = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": NEW, "pad_token_id": 3}
+        given |= {"eos_token_id": EOS[eos]}
+        gaps = smallest_gap(theirs)
+        want = theirs.generate(th(ids), attention_mask=th(mask), do_sample=False, stopping_criteria=[on_host], **given)
+        if min(gaps) < 2e-5:
+            continue
+        mine = replace(ours, params=params_of(theirs))
+        got = mine.generate(ids, attention_mask=mask, stopping_criteria=[traced], **given)
+        np.testing.assert_array_equal(got, want)
+        with pytest.warns(UserWarning, match="on_host: called on the host at every step"):
+            got = mine.generate(ids, attention_mask=mask, stopping_criteria=[on_host], **given)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_allowed_tokens_and_processors_on_the_host(ours, rng):
+    """prefix_allowed_tokens_fn is asked with the prompt's number, and a numpy processor sees each beam's tokens."""
+
+    def allowed(prompt, input_ids):
+        return [token for token in range(VOCAB) if token % 3 != (int(input_ids[-1]) + prompt) % 3]
+
+    def processor(input_ids, scores):
+        scores[range(len(scores)), input_ids[:, -1]] -= 2.0
+        return scores
+
+    for _ in range(3):
+        with pytest.warns(UserWarning, match="called on the host"):
+            with_both(ours, rng, prefix_allowed_tokens_fn=allowed, logits_processor=[processor], eos_token_id=7)
+
+
+def test_states_of_each_step_are_theirs(ours, rng):
+    got, want = with_both(ours, rng, output_attentions=True, output_hidden_states=True, eos_token_id=7)
+    assert len(got.attentions) == len(want.attentions) == len(got.hidden_states)
+    real = np.repeat(padded_mask([9, 5], 9, "left"), 3, axis=0).astype(bool)
+    for step, (mine, other) in enumerate(zip(got.hidden_states, want.hidden_states, strict=True)):
+        for a, b in zip(mine, other, strict=True):
+            close(a, b, where=real if step == 0 else None)
+    for mine, other in zip(got.attentions[1:], want.attentions[1:], strict=True):
+        for a, b in zip(mine, other, strict=True):
+            close(a, b)
+
+
+def test_embeddings_of_prompts(ours, rng):
+    """Without ids, only new tokens are returned: those of the ids that the embeddings are of."""
+    ids, mask = prompts(rng)
+    table = np.asarray(ours.params["model"]["embed_tokens"]["weight"])
+    options = {"num_beams": 3, "max_new_tokens": NEW, "eos_token_id": 7, "pad_token_id": 3, "attention_mask": mask}
+    want = ours.generate(ids, **options)
+    np.testing.assert_array_equal(ours.generate(inputs_embeds=table[ids], **options), want[:, 9:])
+
+
+def test_time_ends_the_search(ours, rng):
+    """All candidates of the step after max_time end."""
+    ids, mask = prompts(rng)
+    got = ours.generate(
+        ids, attention_mask=mask, num_beams=3, max_new_tokens=60, max_time=1e-9, eos_token_id=None, pad_token_id=3
+    )
+    assert 9 < got.shape[1] < 20
