@@ -37,6 +37,7 @@ from flaxqwen.models.heads import (
     Qwen2ForTokenClassification,
 )
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
+from flaxqwen.native import is_native, restore_native
 from flaxqwen.quantization import quantization_of, quantize_params
 from flaxqwen.sharding import Sharding, module_sharding
 
@@ -104,7 +105,7 @@ class _AutoModel:
         quantize: Scheme | None = None,
         **overrides: Any,
     ) -> Model:
-        """Load a model in PyTorch's or Flax's format, found by looking.
+        """Load a model in PyTorch's, Flax's or orbax's format, found by looking.
 
         Args:
           pretrained_model_name_or_path: a folder, or a hub id.
@@ -136,6 +137,13 @@ class _AutoModel:
         scheme, config = quantization_of(folder, config, quantize, mesh)
         # A hub's folder is named by its commit: the weights are those that the config came with.
         folder = resolve_folder(pretrained_model_name_or_path, revision=folder.name, **where)
+        if is_native(folder):
+            if scheme is not None:
+                raise ValueError(f"{folder}: an orbax checkpoint is of plain weights: leave out quantize")
+            config = dataclasses.replace(config, dtype=np.dtype(wanted or jnp.float32).name)
+            module = cls.module_of(config, np.dtype(config.dtype), mesh, mesh_axes)
+            params = restore_native(folder, param_shapes(module), np.dtype(config.dtype), module_sharding(module))
+            return Model(module, params, config, _generation_config(folder, config))
         with open_checkpoint(folder) as checkpoint:
             wanted = wanted or _stored_dtype(checkpoint)
             config = dataclasses.replace(cls._untied(config, checkpoint), dtype=np.dtype(wanted).name)

@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import flax.linen as nn
@@ -24,12 +25,14 @@ from flaxqwen.cache import KVCache, grow_cache
 from flaxqwen.config import PretrainedConfig
 from flaxqwen.convert import save_params
 from flaxqwen.convert.quantize import SCALE
+from flaxqwen.distributed import is_main
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.generate import generate, stream
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, bucket, check_token_ids
 from flaxqwen.generation.outputs import compute_transition_scores
 from flaxqwen.generation.streamers import Stream
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
+from flaxqwen.native import save_native
 from flaxqwen.sharding import module_sharding
 
 Params = dict[str, Any]
@@ -121,19 +124,20 @@ class Model:
         self,
         save_directory: str | os.PathLike[str],
         *,
-        to: Literal["flax", "pytorch"] = "flax",
+        to: Literal["flax", "pytorch", "orbax"] = "flax",
         max_shard_size: str | int = "5GB",
     ) -> None:
         """Write config.json, generation_config.json and the weights into a folder.
 
         Args:
           save_directory: made if need be; weights of the same framework in it are replaced.
-          to: "flax" for flax_model.safetensors, "pytorch" for the model.safetensors that Transformers loads.
+          to: "flax" for flax_model.safetensors, "pytorch" for the model.safetensors that Transformers loads, "orbax"
+            for a checkpoint of which each process writes its own shards.
           max_shard_size: bytes of a file, as int or like "200MB".
 
         Raises:
           FileExistsError: the folder holds weights of the other framework, which would be stale.
-          ValueError: an unknown `to`, or no size; quantized weights for PyTorch.
+          ValueError: an unknown `to`, or no size; quantized weights for PyTorch; several processes, but for orbax.
           OSError: a file cannot be written. Nothing is left of weights that are not whole.
         """
         if to == "pytorch" and self.config.quantization_config is not None:
@@ -143,8 +147,15 @@ class Model:
             )
         config = dataclasses.replace(self.config, architectures=(type(self.module).__name__,), dtype=self.dtype.name)
         sharding = module_sharding(self.module)
-        params = self.params if sharding is None else sharding.undo_heads(self.params)
-        save_params(params, save_directory, to=to, max_shard_size=max_shard_size)
+        if to == "orbax":
+            save_native(self.params, Path(save_directory), sharding)()
+        elif jax.process_count() > 1:
+            raise ValueError(f"to={to!r} is written by one process; to='orbax' by several")
+        else:
+            params = self.params if sharding is None else sharding.undo_heads(self.params)
+            save_params(params, save_directory, to=to, max_shard_size=max_shard_size)
+        if not is_main():
+            return
         config.save_pretrained(save_directory)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)

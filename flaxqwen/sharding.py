@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, TypeVar
@@ -263,17 +263,29 @@ class Sharding:
 
     def of_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Where each of a tree of parameters (or of their shapes) lies, as a tree."""
-
-        def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-            return self.of_parameter(tuple(key.key for key in path), leaf.shape)
-
-        return jax.tree_util.tree_map_with_path(place, dict(params))
+        return _map_params(lambda path, leaf: self.of_parameter(path, leaf.shape), params)
 
     def undo_heads(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters as the checkpoint has them."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: self.heads.undo(tuple(key.key for key in path), leaf), dict(params)
-        )
+        return _map_params(self.heads.undo, params)
+
+    def apply_heads(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters as the checkpoint has them, laid on the mesh; the inverse of undo_heads."""
+
+        def apply(path: Path, leaf: jax.Array) -> jax.Array:
+            if self.heads.sources(path) is None:
+                return leaf
+            laid = self.heads.apply(path, leaf)
+            return jax.device_put(laid, self.of_parameter(path, laid.shape))
+
+        return _map_params(apply, params)
+
+
+def _map_params(function: Callable[[Path, Any], Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of what `function` makes of each path and its parameter."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(tuple(key.key for key in path), leaf), dict(params)
+    )
 
 
 def module_sharding(module: Any) -> Sharding | None:

@@ -65,6 +65,8 @@ def run_everything(model: Any, inputs: dict[str, np.ndarray], folder: Path) -> d
     longer["attention_mask"] = np.pad(inputs["mask"], ((0, 0), (0, NEW + 3)), constant_values=1)
     biased = model(inputs["ids"], attention_mask=inputs["bias"], output_attentions=True)
     model.save_pretrained(folder, to="pytorch")
+    model.save_pretrained(folder / "orbax", to="orbax")
+    other = AutoModelForCausalLM.from_pretrained(folder / "orbax", mesh=make_mesh(tensor=2, fsdp=4))
     return {
         "beams": model.generate(**prompts, num_beams=3, num_return_sequences=2, do_sample=False),
         "sampled": model.generate(**prompts, **settings, num_return_sequences=2),
@@ -72,6 +74,7 @@ def run_everything(model: Any, inputs: dict[str, np.ndarray], folder: Path) -> d
         "steps": np.stack(first.logits),
         "continued": model.generate(**longer, past_key_values=first.past_key_values, do_sample=False),
         "biased": np.asarray(biased.logits),
+        "restored": np.asarray(other(inputs["ids"], inputs["mask"]).logits),
         "attentions": np.stack(biased.attentions),
     }
 

@@ -104,14 +104,14 @@ FLOORS = (
     ("convert.*", "hub", "config", "config_values", "rope_config", "distributed"),
     ("cache", "ops.*", "sharding"),
     ("models.*",),
-    ("generation.*", "lora", "training"),
+    ("generation.*", "lora", "training", "native"),
     ("model", "auto", "loading", "aot", "quantization"),
     ("parity", "parity_*", "cli", "cli.*"),
 )
 # Who may import torch or transformers, and only inside a function.
 LAZY_DOORS = ("convert.torch_file", "parity", "parity_*", "cli.*")
 HEAVY = ("torch", "transformers")
-SLOW = ("huggingface_hub", "matplotlib")
+SLOW = ("huggingface_hub", "matplotlib", "orbax")
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:

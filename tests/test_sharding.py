@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from flaxqwen import AutoModelForCausalLM, Qwen2Config, make_mesh
 from flaxqwen.auto import param_shapes
 from flaxqwen.cli import main
 from flaxqwen.convert import open_checkpoint, save_params
+from flaxqwen.convert.names import to_name
 from flaxqwen.convert.shards import Counter as Bytes
 from flaxqwen.loading import read_part
 from flaxqwen.sharding import HeadLayout, Sharding
@@ -89,6 +91,19 @@ def test_heads_show_as_in_the_checkpoint(worker, mesh):
         assert sorted(stored.tensors) == sorted(saved.tensors)
         for name in stored.tensors:
             assert np.array_equal(stored.read(name), saved.read(name)), name
+
+
+@pytest.mark.parametrize("mesh", ["one", *EVERYTHING])
+def test_orbax_restores_onto_another_mesh(worker, mesh):
+    """What one mesh has saved, another one (fsdp 4, tensor 2) computes with, and one device has byte for byte."""
+    close(worker[f"restored/{mesh}"], worker["logits/one"], relative=1e-5)
+    folder = worker["folder"] / mesh / "orbax"
+    restored = AutoModelForCausalLM.from_pretrained(folder)
+    with open_checkpoint(worker["folder"]) as stored:
+        for path, leaf in flax.traverse_util.flatten_dict(restored.params).items():
+            assert np.array_equal(stored.read(to_name(path)), leaf), path
+    with pytest.raises(ValueError, match=r"does not fit the model: .*missing model.layers.2.mlp.up_proj.weight \[96"):
+        AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=3)
 
 
 COLLECTIVE = re.compile(r"= (\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
