@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -22,7 +23,7 @@ from flaxqwen.generation.config import ResolvedConfig
 from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, Control, kept, make_choice, start
 from flaxqwen.generation.host import process_on_host
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform, prompt_cache
-from flaxqwen.generation.loop import STATES, of_prompts
+from flaxqwen.generation.loop import STATES, Params, Prompt, States, of_prompts, settled
 from flaxqwen.generation.outputs import layer_states
 from flaxqwen.models.outputs import ModelOutput
 
@@ -154,12 +155,24 @@ def states_of(outputs: list[BeamOutput], count: int, request: Inputs) -> dict[st
     return found
 
 
-_run_prompts = jax.jit(
-    beam.run_prompts,
+@partial(
+    jax.jit,
     static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_states"),
     donate_argnames="cache",
 )
-_run_newest = jax.jit(beam.run_newest, static_argnames=("module", "keep_states"), donate_argnames="state")
+def _run_prompts(
+    module: Any, params: Params, prompt: Prompt, choice: BeamChoice, cache: KVCache | None, **static: Any
+) -> tuple[BeamState, jax.Array, States]:
+    return settled(module, beam.run_prompts(module, params, prompt, choice, cache, **static))
+
+
+@partial(jax.jit, static_argnames=("module", "keep_states"), donate_argnames="state")
+def _run_newest(
+    module: Any, params: Params, state: BeamState, keep_states: tuple[str, ...]
+) -> tuple[BeamState, jax.Array, States]:
+    return settled(module, beam.run_newest(module, params, state, keep_states))
+
+
 _first_scores = jax.jit(beam.first_scores)
 _propose = jax.jit(beam.propose)
 
