@@ -160,7 +160,7 @@ def compile_decode(made: Plan) -> Program:
     """A chunk of greedy decoding steps at the end of the context; figures are of one step."""
     state, steps = _state(made), DEFAULT_CHUNK[0]
     lowered = loop.decode.lower(
-        made.module, _params(made), state, _choice(made), steps=steps, keep_scores=False, keep_logits=False
+        made.module, {"params": _params(made)}, state, _choice(made), steps=steps, keep_scores=False, keep_logits=False
     )
     return _compile(made, lowered, 1)
 
@@ -177,7 +177,7 @@ def compile_prefill(made: Plan) -> Program:
         last=whole((), np.int32),
     )
     lowered = loop.prefill.lower(
-        made.module, _params(made), prompt, _choice(made), _state(made).cache,
+        made.module, {"params": _params(made)}, prompt, _choice(made), _state(made).cache,
         capacity=made.capacity, cache_dtype=np.dtype(made.module.param_dtype), copies=1, keep_scores=False,
         keep_logits=False,
     )  # fmt: skip

@@ -91,7 +91,7 @@ class Model:
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         arrays, static = _split(inputs)
         _check_tokens(arrays, self.config)
-        return _forward(self.module, self.params, _fit(arrays), tuple(sorted(static.items())))
+        return _forward(self.module, self.variables, _fit(arrays), tuple(sorted(static.items())))
 
     def generate(self, inputs: Any = None, generation_config: Any = None, *arguments: Any, **options: Any) -> Any:
         """Continue prompts; see flaxqwen.generation.generate.
@@ -214,6 +214,11 @@ class Model:
         return total
 
     @property
+    def variables(self) -> dict[str, Any]:
+        """What the module is applied to: {"params": params}."""
+        return {"params": self.params}
+
+    @property
     def dtype(self) -> np.dtype:
         """dtype of the parameters; where they are quantized, of the others and of the arithmetic."""
         if self.config.quantization_config is not None:
@@ -233,8 +238,8 @@ class Model:
 
 
 @partial(jax.jit, static_argnames=("module", "static"))
-def _forward(module: nn.Module, params: Params, arrays: dict[str, Any], static: tuple[tuple[str, Any], ...]) -> Any:
-    return module.apply({"params": params}, **arrays, **dict(static))
+def _forward(module: nn.Module, variables: Params, arrays: dict[str, Any], static: tuple[tuple[str, Any], ...]) -> Any:
+    return module.apply(variables, **arrays, **dict(static))
 
 
 def _check_names(module: nn.Module, inputs: dict[str, Any]) -> None:

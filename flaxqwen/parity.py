@@ -199,7 +199,7 @@ def trace_flax(folder: Path, dtype: Dtype, batch: Batch, steps: int) -> Trace:
     """Run our model; the outputs of its modules come by Flax's capture_intermediates."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     with jax.default_matmul_precision(PRECISION):
-        modules, logits = _forward(model.module, model.params, batch.ids, batch.mask, batch.positions)
+        modules, logits = _forward(model.module, model.variables, batch.ids, batch.mask, batch.positions)
         modules = {name: batch.valid(array) for name, array in modules.items()}
         logits = batch.valid(logits)
         plain = dataclasses.replace(model, generation_config=GenerationConfig())
@@ -211,11 +211,11 @@ def trace_flax(folder: Path, dtype: Dtype, batch: Batch, steps: int) -> Trace:
 
 @partial(jax.jit, static_argnames="module")
 def _forward(
-    module: nn.Module, params: Params, ids: jax.Array, mask: jax.Array, positions: jax.Array
+    module: nn.Module, variables: Params, ids: jax.Array, mask: jax.Array, positions: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """The outputs of the modules [B, T, D], by name, and the logits [B, T, V]; the others are not kept."""
     output, state = module.apply(
-        {"params": params},
+        variables,
         ids,
         attention_mask=mask,
         position_ids=positions,

@@ -187,7 +187,7 @@ def run(
         heuristic=np.bool_(drafter.heuristic),
         ngram=np.int32(drafter.ngram),
     )
-    draft = (None, None) if drafter.model is None else (drafter.model.module, drafter.model.params)
+    draft = (None, None) if drafter.model is None else (drafter.model.module, drafter.model.variables)
     queue: deque[Any] = deque()
     late = False
     while True:
@@ -202,7 +202,7 @@ def run(
             longest = request.length + steps.longest + (len(queue) + 1) * rounds * (K + 1)
             state = _with_bound(state, longest)
             state, output = speculative.decode(
-                model.module, model.params, *draft, state, draft_choice, most=K, rounds=rounds, **keep
+                model.module, model.variables, *draft, state, draft_choice, most=K, rounds=rounds, **keep
             )
             queue.append(output)
         steps.add(jax.device_get(queue.popleft()))
@@ -222,7 +222,7 @@ def _with_bound(state: speculative.RoundState, longest: int) -> speculative.Roun
 @partial(jax.jit, static_argnames=("module", "capacity", "cache_dtype", "copies"))
 def _fill(
     module: nn.Module,
-    params: loop.Params,
+    variables: loop.Variables,
     prompt: loop.Prompt,
     _choice: None,
     _cache: None,
@@ -232,7 +232,7 @@ def _fill(
     copies: int,
 ) -> KVCache:
     state, _, _ = loop.run_prompt(
-        module, params, prompt, None, capacity=capacity, cache_dtype=cache_dtype, copies=copies
+        module, variables, prompt, None, capacity=capacity, cache_dtype=cache_dtype, copies=copies
     )
     return loop.settled(module, state.cache)
 

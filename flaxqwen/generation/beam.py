@@ -21,9 +21,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxqwen.cache import KVCache
 from flaxqwen.generation.loop import (
-    Params,
     Prompt,
     States,
+    Variables,
     for_each_prompt,
     of_prompts,
     run_model,
@@ -125,7 +125,7 @@ class BeamOutput(flax.struct.PyTreeNode):
 )
 def prefill(
     module: nn.Module,
-    params: Params,
+    variables: Variables,
     prompt: Prompt,
     choice: BeamChoice,
     cache: KVCache | None,
@@ -142,16 +142,16 @@ def prefill(
     copies: M, or 1 where the prompts' rows have been repeated already.
     """
     shape: dict[str, Any] = {"capacity": capacity, "cache_dtype": cache_dtype, "copies": copies}
-    state, logits, states = run_prompts(module, params, prompt, choice, cache, **shape, keep_states=keep_states)
+    state, logits, states = run_prompts(module, variables, prompt, choice, cache, **shape, keep_states=keep_states)
     state, output = _advance(state, choice, logits, keep_scores, keep_logits, states)
     return settled(module, (state, jax.tree.map(lambda a: a[None], output)))
 
 
 def run_prompts(
-    module: nn.Module, params: Params, prompt: Prompt, choice: BeamChoice, cache: KVCache | None, **static: Any
+    module: nn.Module, variables: Variables, prompt: Prompt, choice: BeamChoice, cache: KVCache | None, **static: Any
 ) -> tuple[BeamState, jax.Array, States]:
     """The state after the prompts, logits [B * M, V] of the first tokens, states kept. Arguments as of `prefill`."""
-    rows, logits, states = run_prompt(module, params, prompt, cache, **static)
+    rows, logits, states = run_prompt(module, variables, prompt, cache, **static)
     M = choice.beams
     sequences = rows.input_ids.reshape(-1, M, rows.input_ids.shape[1])
     B = len(sequences)
@@ -177,7 +177,7 @@ def run_prompts(
 )
 def decode(
     module: nn.Module,
-    params: Params,
+    variables: Variables,
     state: BeamState,
     choice: BeamChoice,
     *,
@@ -190,7 +190,7 @@ def decode(
 
     def step(state: BeamState, _: None) -> tuple[BeamState, BeamOutput]:
         # Ties the weights to the carry, as in loop.decode.
-        weights, state = jax.lax.optimization_barrier((params, state))
+        weights, state = jax.lax.optimization_barrier((variables, state))
         state, logits, states = run_newest(module, weights, state, keep_states)
         before = state.done, state.cur_len
         state, output = _advance(state, choice, logits, keep_scores, keep_logits, states)
@@ -200,13 +200,13 @@ def decode(
 
 
 def run_newest(
-    module: nn.Module, params: Params, state: BeamState, keep_states: tuple[str, ...]
+    module: nn.Module, variables: Variables, state: BeamState, keep_states: tuple[str, ...]
 ) -> tuple[BeamState, jax.Array, States]:
     """Run the newest token of each beam: the state with it in the cache, logits [B * M, V] of the next, states kept."""
     newest = jax.lax.dynamic_slice_in_dim(state.running.sequences, state.cur_len - 1, 1, axis=2)
     logits, cache, states = run_model(
         module,
-        params,
+        variables,
         for_each_prompt(newest.reshape(-1, 1), state.position),
         keep_states,
         attention_mask=state.slot_mask,

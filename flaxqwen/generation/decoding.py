@@ -114,7 +114,7 @@ def run(
         while dispatched < options.max_new_tokens and len(queue) <= ahead:
             bound = min(bucket(length + dispatched + steps, SMALLEST_CACHE), capacity)
             state = state.replace(cache=state.cache.replace(bound=bound))
-            state, output = programs.decode(model.module, model.params, state, choice, steps=steps, **keep)
+            state, output = programs.decode(model.module, model.variables, state, choice, steps=steps, **keep)
             queue.append(output)
             dispatched += steps
         output = cut(jax.device_get(queue.popleft()), options.max_new_tokens - done)
@@ -163,13 +163,13 @@ def start(
     for _ in range(chunks):
         stop = request.cached + chunk
         prompt = make_prompt(request, chunk, capacity, stop)
-        cache = loop.fill(model.module, model.params, prompt, _bounded(cache, stop), **shape)
+        cache = loop.fill(model.module, model.variables, prompt, _bounded(cache, stop), **shape)
         request = replace(request, cached=stop)
     if chunks and copies > 1:  # the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
     prompt = make_prompt(request, tokens, capacity)
     cache = _bounded(cache, request.cached + tokens)
-    return prefill(model.module, model.params, prompt, choice, cache, copies=copies, **shape, **static)
+    return prefill(model.module, model.variables, prompt, choice, cache, copies=copies, **shape, **static)
 
 
 def _bounded(cache: KVCache | None, length: int) -> KVCache | None:

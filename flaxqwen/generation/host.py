@@ -32,16 +32,16 @@ from flaxqwen.generation.sampling import TokenChoice, constrain, guide, process
     donate_argnames="cache",
 )
 def _run_prompt(
-    module: nn.Module, params: loop.Params, prompt: loop.Prompt, cache: KVCache | None, **static: Any
+    module: nn.Module, variables: loop.Variables, prompt: loop.Prompt, cache: KVCache | None, **static: Any
 ) -> tuple[loop.DecodeState, jax.Array, loop.States]:
-    return loop.settled(module, loop.run_prompt(module, params, prompt, cache, **static))
+    return loop.settled(module, loop.run_prompt(module, variables, prompt, cache, **static))
 
 
 @partial(jax.jit, static_argnames=("module", "keep_states"), donate_argnames="state")
 def _run_newest(
-    module: nn.Module, params: loop.Params, state: loop.DecodeState, keep_states: tuple[str, ...]
+    module: nn.Module, variables: loop.Variables, state: loop.DecodeState, keep_states: tuple[str, ...]
 ) -> tuple[loop.DecodeState, jax.Array, loop.States]:
-    return loop.settled(module, loop.run_newest(module, params, state, keep_states))
+    return loop.settled(module, loop.run_newest(module, variables, state, keep_states))
 
 
 _append = jax.jit(loop.append, donate_argnames="state")
@@ -90,7 +90,7 @@ class AllowedTokens(HostCall):
 
 def prefill(
     module: nn.Module,
-    params: dict[str, Any],
+    variables: loop.Variables,
     prompt: loop.Prompt,
     choice: TokenChoice,
     cache: KVCache | None,
@@ -105,13 +105,13 @@ def prefill(
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """As loop.prefill."""
     shape = {"capacity": capacity, "cache_dtype": cache_dtype, "copies": copies}
-    state, logits, states = _run_prompt(module, params, prompt, cache, **shape, keep_states=keep_states)
+    state, logits, states = _run_prompt(module, variables, prompt, cache, **shape, keep_states=keep_states)
     return _extend(loop.begin(state, choice), choice, logits, keep_scores, keep_logits, states, keep_top)
 
 
 def decode(
     module: nn.Module,
-    params: dict[str, Any],
+    variables: loop.Variables,
     state: loop.DecodeState,
     choice: TokenChoice,
     *,
@@ -123,7 +123,7 @@ def decode(
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """As loop.decode, for one step."""
     assert steps == 1
-    state, logits, states = _run_newest(module, params, state, keep_states=keep_states)
+    state, logits, states = _run_newest(module, variables, state, keep_states=keep_states)
     return _extend(state, choice, logits, keep_scores, keep_logits, states, keep_top)
 
 

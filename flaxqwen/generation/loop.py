@@ -23,7 +23,7 @@ from flaxqwen.generation.sampling import TokenChoice, advance, choose, constrain
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 from flaxqwen.sharding import module_sharding, settle
 
-Params = dict[str, Any]
+Variables = dict[str, Any]  # of the module: {"params": ...}, and "lora" beside it where there are adapters
 States = dict[str, tuple[jax.Array, ...]]  # of each layer, by the names of StepOutput
 STATES = ("attentions", "hidden_states")
 KEEP = ("keep_scores", "keep_logits", "keep_states", "keep_top")
@@ -102,7 +102,7 @@ class Prompt(flax.struct.PyTreeNode):
 )
 def prefill(
     module: nn.Module,
-    params: Params,
+    variables: Variables,
     prompt: Prompt,
     choice: TokenChoice,
     cache: KVCache | None,
@@ -118,7 +118,7 @@ def prefill(
     """Run the prompts and choose the first token.
 
     Args:
-      module, params: a causal language model.
+      module, variables: a causal language model.
       prompt: see Prompt.
       choice: how the token is chosen.
       cache: to continue (donated), or None for a new one of `capacity` slots and of cache_dtype.
@@ -128,7 +128,7 @@ def prefill(
     """
     state, logits, states = run_prompt(
         module,
-        params,
+        variables,
         prompt,
         cache,
         capacity=capacity,
@@ -148,7 +148,7 @@ def begin(state: DecodeState, choice: TokenChoice) -> DecodeState:
 @partial(jax.jit, static_argnames=("module", "capacity", "cache_dtype"), donate_argnames="cache")
 def fill(
     module: nn.Module,
-    params: Params,
+    variables: Variables,
     prompt: Prompt,
     cache: KVCache | None,
     *,
@@ -156,13 +156,13 @@ def fill(
     cache_dtype: DTypeLike,
 ) -> KVCache:
     """The cache with one more part of the prompts in it. Arguments as of `prefill`."""
-    state, _, _ = run_prompt(module, params, prompt, cache, capacity=capacity, cache_dtype=cache_dtype, copies=1)
+    state, _, _ = run_prompt(module, variables, prompt, cache, capacity=capacity, cache_dtype=cache_dtype, copies=1)
     return settled(module, state.cache)
 
 
 def run_prompt(
     module: nn.Module,
-    params: Params,
+    variables: Variables,
     prompt: Prompt,
     cache: KVCache | None,
     *,
@@ -180,7 +180,7 @@ def run_prompt(
     start = cache.length
     logits, cache, states = run_model(
         module,
-        params,
+        variables,
         tokens,
         keep_states,
         attention_mask=prompt.slot_mask,
@@ -201,7 +201,7 @@ def run_prompt(
 @partial(jax.jit, static_argnames=("module", "steps", *KEEP), donate_argnames="state")
 def decode(
     module: nn.Module,
-    params: Params,
+    variables: Variables,
     state: DecodeState,
     choice: TokenChoice,
     *,
@@ -216,7 +216,7 @@ def decode(
     def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
         # Ties the weights to the carry: else XLA hoists float32 copies of bfloat16 weights out of the loop on CPU
         # (1,980 MB of temporaries at 0.5B).
-        weights, state = jax.lax.optimization_barrier((params, state))
+        weights, state = jax.lax.optimization_barrier((variables, state))
         state, logits, states = run_newest(module, weights, state, keep_states)
         return _extend(state, choice, logits, keep_scores, keep_logits, states, keep_top)
 
@@ -224,13 +224,13 @@ def decode(
 
 
 def run_newest(
-    module: nn.Module, params: Params, state: DecodeState, keep_states: tuple[str, ...]
+    module: nn.Module, variables: Variables, state: DecodeState, keep_states: tuple[str, ...]
 ) -> tuple[DecodeState, jax.Array, States]:
     """Run the newest token of each row: the state with it in the cache, logits [B, V] of the next one, states kept."""
     newest = jax.lax.dynamic_slice_in_dim(state.input_ids, state.cur_len - 1, 1, axis=1)
     logits, cache, states = run_model(
         module,
-        params,
+        variables,
         for_each_prompt(newest, state.position),
         keep_states,
         attention_mask=state.slot_mask,
@@ -246,12 +246,12 @@ def for_each_prompt(tokens: jax.Array, position: jax.Array) -> jax.Array:
 
 
 def run_model(
-    module: nn.Module, params: Params, tokens: jax.Array, keep_states: tuple[str, ...], **inputs: Any
+    module: nn.Module, variables: Variables, tokens: jax.Array, keep_states: tuple[str, ...], **inputs: Any
 ) -> tuple[jax.Array, KVCache, States]:
     """The model on new tokens [B, T], into the cache: logits [B, V] of one position, the cache, and states kept."""
     inputs |= {f"output_{name}": name in keep_states for name in STATES}
     inputs["input_ids" if tokens.ndim == 2 else "inputs_embeds"] = tokens
-    output = module.apply({"params": params}, use_cache=True, return_dict=True, **inputs)
+    output = module.apply(variables, use_cache=True, return_dict=True, **inputs)
     assert isinstance(output, CausalLMOutputWithPast)
     assert output.logits is not None
     assert output.past_key_values is not None

@@ -84,7 +84,7 @@ def search(
             state = state.replace(cache=state.cache.replace(bound=bound))
             if seconds is not None and time.monotonic() - begun > seconds:  # every candidate of the next step ends
                 choice = choice.replace(max_length=np.int32(request.input_ids.shape[1] + dispatched + 1))
-            state, output = programs.decode(model.module, model.params, state, choice, steps=steps, **keep)
+            state, output = programs.decode(model.module, model.variables, state, choice, steps=steps, **keep)
             queue.append(output)
             dispatched += steps
         outputs.append(jax.device_get(queue.popleft()))
@@ -196,18 +196,18 @@ class HostSteps:
         self.criteria = criteria
         self.scores: tuple[np.ndarray, ...] | None = () if keep_scores else None
 
-    def prefill(self, module: Any, params: Any, prompt: Any, choice: BeamChoice, cache: Any, **static: Any) -> Any:
+    def prefill(self, module: Any, variables: Any, prompt: Any, choice: BeamChoice, cache: Any, **static: Any) -> Any:
         """As beam.prefill."""
         keep = {name: static.pop(name) for name in ("keep_scores", "keep_logits")}
-        state, logits, states = _run_prompts(module, params, prompt, bare(choice), cache, **static)
+        state, logits, states = _run_prompts(module, variables, prompt, bare(choice), cache, **static)
         return self._advance(state, choice, logits, states, **keep)
 
     def decode(
-        self, module: Any, params: Any, state: BeamState, choice: BeamChoice, *, steps: int, **static: Any
+        self, module: Any, variables: Any, state: BeamState, choice: BeamChoice, *, steps: int, **static: Any
     ) -> Any:
         """As beam.decode, for one step."""
         assert steps == 1
-        state, logits, states = _run_newest(module, params, state, keep_states=static.pop("keep_states"))
+        state, logits, states = _run_newest(module, variables, state, keep_states=static.pop("keep_states"))
         before = jax.device_get((state.done, state.cur_len))  # the state is donated
         state, output = self._advance(state, choice, logits, states, **static)
         return _follow_parents(state, bare(choice), *before), output

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flaxqwen.cache import KVCache
-from flaxqwen.generation.loop import DecodeState, Params, run_model, settled
+from flaxqwen.generation.loop import DecodeState, Variables, run_model, settled
 from flaxqwen.generation.processors.base import column
 from flaxqwen.generation.sampling import (
     TokenChoice,
@@ -99,9 +99,9 @@ class Drafts(flax.struct.PyTreeNode):
 )
 def decode(
     module: nn.Module,
-    params: Params,
+    variables: Variables,
     draft_module: nn.Module | None,
-    draft_params: Params | None,
+    draft_variables: Variables | None,
     state: RoundState,
     choice: DraftChoice,
     *,
@@ -113,13 +113,13 @@ def decode(
     """`rounds` rounds under one scan. The bounds of the caches cover the last of them.
 
     Args:
-      draft_module, draft_params: the draft model; None: drafts are looked up in the text.
+      draft_module, draft_variables: the draft model; None: drafts are looked up in the text.
       most: K.
     """
 
     def step(state: RoundState, _: None) -> tuple[RoundState, RoundOutput]:
         # Ties the weights to the carry, as in loop.decode.
-        weights, state = jax.lax.optimization_barrier(((params, draft_params), state))
+        weights, state = jax.lax.optimization_barrier(((variables, draft_variables), state))
         if draft_module is None:
             drafts = look_up(state, choice, most)
         else:
@@ -131,14 +131,14 @@ def decode(
 
 
 def draft(
-    module: nn.Module, params: Params, state: RoundState, choice: DraftChoice, most: int, vocab_size: int
+    module: nn.Module, variables: Variables, state: RoundState, choice: DraftChoice, most: int, vocab_size: int
 ) -> tuple[RoundState, Drafts]:
     """Up to `most` tokens of the draft model's own; scores are of the target's vocabulary."""
     rows, token = state.rows, choice.token
     assert state.draft_cache is not None
     B = rows.input_ids.shape[0]
 
-    def run(weights: Params, tokens: jax.Array, at: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def run(weights: Variables, tokens: jax.Array, at: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Scores [B, V] after tokens [B, T], the newest of which has position `at` [B]."""
         positions = jnp.maximum(at[:, None] + jnp.arange(1 - tokens.shape[1], 1), 0)
         inputs = {"attention_mask": rows.slot_mask, "position_ids": positions, "past_key_values": cache}
@@ -166,7 +166,7 @@ def draft(
 
     # The last token of a round that went all the way has not been run yet: the two newest are.
     newest = jnp.take_along_axis(rows.input_ids, rows.cur_len[:, None] - jnp.array([2, 1]), axis=1)
-    logits, cache = run(params, newest, rows.position, state.draft_cache.replace(length=rows.cur_len - 2))
+    logits, cache = run(variables, newest, rows.position, state.draft_cache.replace(length=rows.cur_len - 2))
     empty = Drafts(
         jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most, vocab_size), jnp.float32), jnp.zeros((B, most), bool)
     )
@@ -178,7 +178,7 @@ def draft(
 
     def step(loop: Any) -> Any:
         i, carry = loop
-        weights, (input_ids, drafts, going, cache, automaton) = jax.lax.optimization_barrier((params, carry))
+        weights, (input_ids, drafts, going, cache, automaton) = jax.lax.optimization_barrier((variables, carry))
         tokens = jax.lax.dynamic_slice_in_dim(drafts.tokens, i - 1, 1, axis=1)
         logits, cache = run(weights, tokens, rows.position + i, cache)
         return i + 1, choose(i, (input_ids, drafts, going, cache, automaton), logits)
@@ -222,7 +222,7 @@ def look_up(state: RoundState, choice: DraftChoice, most: int) -> Drafts:
 
 def verify(
     module: nn.Module,
-    params: Params,
+    variables: Variables,
     state: RoundState,
     choice: DraftChoice,
     drafts: Drafts,
@@ -236,7 +236,7 @@ def verify(
     for i in range(K):
         input_ids = write_tokens(input_ids, drafts.tokens[:, i], start + i)
     output = module.apply(
-        {"params": params},
+        variables,
         jnp.take_along_axis(input_ids, start[:, None] + jnp.arange(-1, K), axis=1),
         attention_mask=rows.slot_mask,
         position_ids=rows.position[:, None] + jnp.arange(K + 1),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from flaxqwen.convert.quantize import SCALE
+from flaxqwen.ops.lora import adapt_embedding, adapt_linear
 from flaxqwen.ops.quantized import contract_one_row_cpu, contract_quantized, is_one_row
 from flaxqwen.sharding import Sharding, constrain
 
@@ -64,11 +65,11 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., out]."""
         x = x.astype(self.dtype or x.dtype)
-        y = contract(x, *weight_of(self, (self.features, x.shape[-1]), self.stddev, self.param_dtype))
+        y = product = contract(x, *weight_of(self, (self.features, x.shape[-1]), self.stddev, self.param_dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)
-        return y
+        return adapt_linear(self, x, product, y)
 
 
 class Embed(nn.Module):
@@ -97,7 +98,7 @@ class Embed(nn.Module):
         x = x.astype(self.dtype or x.dtype)
         if self.padding_idx is not None:
             x = jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
-        return x
+        return adapt_embedding(self, ids, x)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> logits [..., V], against the table itself."""

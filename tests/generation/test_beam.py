@@ -168,7 +168,7 @@ def test_the_cache_is_that_of_the_running_beams(rng, ours):
     ids, mask = prompts(rng)
     choice, state, keep = begin(ours, ids, mask)
     for _ in range(2):
-        state, _ = beam.decode(ours.module, ours.params, state, choice, steps=4, **keep)
+        state, _ = beam.decode(ours.module, ours.variables, state, choice, steps=4, **keep)
     seen = int(state.cur_len) - 1
     assert seen == int(state.cache.length) == 9 + 8
     mask = np.pad(np.repeat(mask, 4, axis=0), ((0, 0), (0, 8)), constant_values=1)
@@ -212,7 +212,7 @@ def test_the_cache_is_reordered_in_place(rng, ours):
     """The steps alias the whole state, and their temporaries are less than one layer's cache."""
     choice, state, keep = begin(ours, *prompts(rng), output_scores=False, output_logits=False)
     state = state.replace(cache=state.cache.replace(bound=None).grow(4096))
-    compiled = beam.decode.lower(ours.module, ours.params, state, choice, steps=4, **keep).compile()
+    compiled = beam.decode.lower(ours.module, ours.variables, state, choice, steps=4, **keep).compile()
     layers = [sum(leaf.nbytes for leaf in jax.tree.leaves(layer)) for layer in state.cache.layers]
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= sum(layers)
