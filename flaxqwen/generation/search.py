@@ -23,7 +23,7 @@ from flaxqwen.generation.config import ResolvedConfig
 from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, Control, kept, make_choice, start
 from flaxqwen.generation.host import process_on_host
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform, prompt_cache
-from flaxqwen.generation.loop import STATES, Params, Prompt, States, of_prompts, settled
+from flaxqwen.generation.loop import STATES, Prompt, States, Variables, of_prompts, settled
 from flaxqwen.generation.outputs import layer_states
 from flaxqwen.models.outputs import ModelOutput
 
@@ -161,16 +161,16 @@ def states_of(outputs: list[BeamOutput], count: int, request: Inputs) -> dict[st
     donate_argnames="cache",
 )
 def _run_prompts(
-    module: Any, params: Params, prompt: Prompt, choice: BeamChoice, cache: KVCache | None, **static: Any
+    module: Any, variables: Variables, prompt: Prompt, choice: BeamChoice, cache: KVCache | None, **static: Any
 ) -> tuple[BeamState, jax.Array, States]:
-    return settled(module, beam.run_prompts(module, params, prompt, choice, cache, **static))
+    return settled(module, beam.run_prompts(module, variables, prompt, choice, cache, **static))
 
 
 @partial(jax.jit, static_argnames=("module", "keep_states"), donate_argnames="state")
 def _run_newest(
-    module: Any, params: Params, state: BeamState, keep_states: tuple[str, ...]
+    module: Any, variables: Variables, state: BeamState, keep_states: tuple[str, ...]
 ) -> tuple[BeamState, jax.Array, States]:
-    return settled(module, beam.run_newest(module, params, state, keep_states))
+    return settled(module, beam.run_newest(module, variables, state, keep_states))
 
 
 _first_scores = jax.jit(beam.first_scores)
