@@ -16,8 +16,9 @@ import numpy as np
 from flaxqwen.convert.dtypes import all_finite, is_weight_dtype
 from flaxqwen.convert.errors import CheckpointError
 
-# Bytes read and written at once. 1 MiB stays in the core's own cache between the read, the check and the write.
-CHUNK = 1 << 20
+# Bytes read and written at once. They stay in the core's own cache between the read, the check, which takes as much
+# again, and the write: 1 GB takes 0.49 s; in pieces of 1 MiB, which fill a cache of 2 MiB, 0.56 s.
+CHUNK = 1 << 18
 
 
 class Tensor(Protocol):
