@@ -17,7 +17,7 @@ from flaxqwen.convert.load import match
 from flaxqwen.convert.names import Path, to_name
 from flaxqwen.convert.progress import Report
 from flaxqwen.convert.shards import Box, Counter, read_box
-from flaxqwen.convert.tensors import StoredTensor
+from flaxqwen.convert.tensors import StoredTensor, array_chunks
 from flaxqwen.sharding import HeadLayout, Sharding
 
 
@@ -64,7 +64,7 @@ class ShardReader:
         for box, holders in devices.items():
             part = read_part(tensor, box, self.sharding.heads, path, self.counter)
             if is_weight_dtype(part.dtype):
-                if not all_finite(part):
+                if not all(map(all_finite, array_chunks(part))):
                     warnings.warn(f"{to_name(path)} holds NaN or inf", stacklevel=2)
                 part = part.astype(self.dtype, copy=False)
             arrays += jax.block_until_ready([jax.device_put(part, device) for device in holders])

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import jax
@@ -267,7 +267,11 @@ class Sharding:
 
     def undo_heads(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters as the checkpoint has them."""
-        return _map_params(self.heads.undo, params)
+
+        def undo(path: Path, leaf: jax.Array) -> jax.Array:
+            return leaf if self.heads.sources(path) is None else _undo(leaf, heads=self.heads, path=path[-2:])
+
+        return _map_params(undo, params)
 
     def apply_heads(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters as the checkpoint has them, laid on the mesh; the inverse of undo_heads."""
@@ -275,10 +279,20 @@ class Sharding:
         def apply(path: Path, leaf: jax.Array) -> jax.Array:
             if self.heads.sources(path) is None:
                 return leaf
-            laid = self.heads.apply(path, leaf)
+            laid = _apply(leaf, heads=self.heads, path=path[-2:])
             return jax.device_put(laid, self.of_parameter(path, laid.shape))
 
         return _map_params(apply, params)
+
+
+@partial(jax.jit, static_argnames=("heads", "path"))
+def _undo(leaf: jax.Array, *, heads: HeadLayout, path: Path) -> jax.Array:
+    return heads.undo(path, leaf)
+
+
+@partial(jax.jit, static_argnames=("heads", "path"))
+def _apply(leaf: jax.Array, *, heads: HeadLayout, path: Path) -> jax.Array:
+    return heads.apply(path, leaf)
 
 
 def _map_params(function: Callable[[Path, Any], Any], params: Mapping[str, Any]) -> dict[str, Any]:

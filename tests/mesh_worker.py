@@ -23,6 +23,8 @@ from flaxqwen.generation import loop
 MESHES = {"8x1": (8, 1, 1), "1x8": (1, 1, 8), "2x4": (2, 1, 4), "4x2": (4, 1, 2), "fsdp": (1, 4, 2)}
 # Where beams, sampling and what users see of heads run too: heads are padded and repeated, and rows cut, there.
 EVERYTHING = ("2x4",)
+# Whose decoding programs are looked at.
+DECODING = ("1x8", "2x4", "4x2")
 NEW = 8
 
 
@@ -38,7 +40,7 @@ def main(folder: Path) -> None:
         kinds = run_everything(model, inputs, folder / name) if name in ("one", *EVERYTHING) else {}
         found = {**run(model, inputs), **kinds}
         results |= {f"{kind}/{name}": value for kind, value in found.items()}
-        if sizes is not None:
+        if name in DECODING:
             programs[f"hlo/{name}"] = decode_program(model, inputs)
     np.savez(folder / "results.npz", **results, **programs)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -22,9 +25,9 @@ from flaxqwen.cli import main
 from flaxqwen.convert import open_checkpoint, save_params
 from flaxqwen.convert.names import to_name
 from flaxqwen.convert.shards import Counter as Bytes
-from flaxqwen.loading import read_part
+from flaxqwen.loading import ShardReader, read_part
 from flaxqwen.sharding import HeadLayout, Sharding
-from tests.mesh_worker import EVERYTHING, MESHES, NEW
+from tests.mesh_worker import DECODING, EVERYTHING, MESHES, NEW
 from tests.reference import close, padded_mask, random_ids, tiny, torch_model
 
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch: pip install flaxqwen[test]")
@@ -109,7 +112,7 @@ def test_orbax_restores_onto_another_mesh(worker, mesh):
 COLLECTIVE = re.compile(r"= (\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
-@pytest.mark.parametrize("mesh", ["1x8", "2x4", "4x2"])
+@pytest.mark.parametrize("mesh", DECODING)
 def test_collectives_of_decoding(worker, mesh):
     """Two all-reduces a layer and one of the embedding, [rows, 1, 56] each; of the rest none is of hidden size."""
     found = Counter((op, shape.split("{")[0]) for shape, op in COLLECTIVE.findall(str(worker[f"hlo/{mesh}"])))
@@ -181,6 +184,28 @@ def test_parts_of_a_checkpoint(rng, tmp_path):
                     part = read_part(checkpoint.tensors[name], box, layout, path, counter)
                     assert np.array_equal(part, wanted)
                     assert np.count_nonzero(wanted) * 4 <= counter.nbytes <= wanted.nbytes
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_host_memory_of_loading(tmp_path, dtype):
+    """A shard of 8 MB takes less than twice that on the way to its device, heads put in place and cast included."""
+    values = {
+        "q_proj.weight": np.ones((14 * 8 * 128, 128), np.float32),
+        "o_proj.weight": np.ones((128, 14 * 1024), "f"),
+    }
+    save_params({f"self_attn.{name}": value for name, value in values.items()}, tmp_path)
+    config = Qwen2Config.from_dict(CONFIG | {"head_dim": 1024})
+    sharding = dataclasses.replace(
+        Sharding.fit(make_mesh(devices=jax.devices()[:1]), config), heads=HeadLayout.fit(config, 4)
+    )
+    shapes = {("self_attn", "q_proj", "weight"): (16384, 128), ("self_attn", "o_proj", "weight"): (128, 16384)}
+    for path, shape in shapes.items():
+        with open_checkpoint(tmp_path) as checkpoint:
+            tracemalloc.start()
+            ShardReader(sharding, np.dtype(dtype))._array(path, checkpoint.tensors[to_name(path)], shape)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak < 2 * 16384 * 128 * 4
 
 
 def test_every_parameter_has_a_rule():
