@@ -15,8 +15,11 @@ from jax.typing import DTypeLike
 
 from flaxqwen.convert.quantize import SCALE
 from flaxqwen.ops.lora import adapt_embedding, adapt_linear
-from flaxqwen.ops.quantized import contract_one_row_cpu, contract_quantized, is_one_row
+from flaxqwen.ops.quantized import contract_quantized, is_one_row
 from flaxqwen.sharding import Sharding, constrain
+
+# As how many a single row of bfloat16 is multiplied on a CPU: 2 take 20% longer, 8 take 5%.
+NATIVE_ROWS = 4
 
 
 def contract(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
@@ -39,7 +42,13 @@ def _contract(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _contract_one_row_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return contract_one_row_cpu(x, weight).astype(x.dtype)
+    """The row several times over: XLA's CPU backend has a bfloat16 product of several rows, but none of one.
+
+    A 0.5B decode step of 57 ms (with AMX), against 106 with the weight's conversion to float32 fused into the dot, and
+    253 with the whole weight converted.
+    """
+    rows = jnp.broadcast_to(x.reshape(1, -1), (NATIVE_ROWS, x.shape[-1]))
+    return _contract(rows, weight)[:1].reshape(*x.shape[:-1], -1)
 
 
 def weight_of(module: nn.Module, shape: tuple[int, int], stddev: float, dtype: DTypeLike) -> tuple[jax.Array, Any]:
