@@ -16,6 +16,7 @@ _HOMES = {
     "AutoModelForSequenceClassification": "flaxqwen.auto",
     "AutoModelForTokenClassification": "flaxqwen.auto",
     "GenerationConfig": "flaxqwen.generation.config",
+    "LoraConfig": "flaxqwen.lora.config",
     "KVCache": "flaxqwen.cache",
     "Model": "flaxqwen.model",
     "Qwen2Config": "flaxqwen.config",

@@ -30,6 +30,7 @@ from flaxqwen.convert.quantize import SCALE, Scheme, quantized_shapes
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.hub import resolve_folder
 from flaxqwen.loading import ShardReader
+from flaxqwen.lora.config import CONFIG_FILE, LoraConfig
 from flaxqwen.model import Model, Params
 from flaxqwen.models.heads import (
     Qwen2ForQuestionAnswering,
@@ -108,7 +109,8 @@ class _AutoModel:
         """Load a model in PyTorch's, Flax's or orbax's format, found by looking.
 
         Args:
-          pretrained_model_name_or_path: a folder, or a hub id.
+          pretrained_model_name_or_path: a folder, or a hub id; of an adapter alone, the base that it names is loaded,
+            and the adapter into it.
           config: in place of the folder's own.
           dtype: of the parameters: "float32", "bfloat16", "float16", or that of jax, numpy or torch; None or "auto":
             that of the config, or else that of the first tensor by name. torch_dtype is its older name.
@@ -131,6 +133,10 @@ class _AutoModel:
         """
         where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = resolve_folder(pretrained_model_name_or_path, weights=False, revision=revision, **where)
+        if (base := adapter_base(folder)) is not None:
+            asked = {"config": config, "dtype": dtype, "torch_dtype": torch_dtype, "mesh": mesh, "mesh_axes": mesh_axes}
+            model = cls.from_pretrained(base, **asked, quantize=quantize, **where, **overrides)
+            return model.load_adapter(pretrained_model_name_or_path, revision=revision, **where)
         config = _override(config_from_file(folder) if config is None else config, overrides)
         wanted = parse_dtype(torch_dtype if dtype is None else dtype) or parse_dtype(config.dtype)
         cls.module_of(config)
@@ -251,6 +257,19 @@ class AutoModelForQuestionAnswering(_AutoModel):
     """With a head that finds the span of the answer."""
 
     modules: ClassVar = {"qwen2": Qwen2ForQuestionAnswering}
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base model that a folder of peft's, which holds an adapter alone, names; None for any other folder.
+
+    Raises:
+      ValueError: it names none.
+    """
+    if (folder / "config.json").is_file() or not (folder / CONFIG_FILE).is_file():
+        return None
+    if (base := LoraConfig.from_file(folder).notes.get("base_model_name_or_path")) is None:
+        raise ValueError(f"{folder / CONFIG_FILE}: no base_model_name_or_path: load the base, and load_adapter this")
+    return base
 
 
 def parse_dtype(dtype: Any) -> Any:

@@ -60,6 +60,18 @@ def resolve_folder(
     raise FileNotFoundError(f"{name}: no weights in {where_from}; expected one of {expected}, or shards of it")
 
 
+def resolve_adapter(name: str | os.PathLike[str], **where: Any) -> Path:
+    """The folder of an adapter's files, fetched from the hub if need be; arguments as of resolve_folder.
+
+    Raises:
+      FileNotFoundError: no such folder, nor such a repository.
+    """
+    folder = resolve_folder(name, weights=False, **where)
+    if Path(name).expanduser().is_dir() or any(folder.glob("adapter_model.*")):
+        return folder
+    return _snapshot(str(name), ("adapter_*",), **(where | {"revision": folder.name}))
+
+
 def _snapshot(name: str, patterns: tuple[str, ...], **where: Any) -> Path:
     """The folder of a repository's state, with the files of its root that fit the patterns."""
     import huggingface_hub  # 0.2 s, and local folders do without

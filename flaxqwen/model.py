@@ -21,6 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from flaxqwen.adapters import AdapterMethods, Adapters
 from flaxqwen.cache import KVCache, grow_cache
 from flaxqwen.config import PretrainedConfig
 from flaxqwen.convert import save_params
@@ -47,18 +48,20 @@ REPLACED = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Model:
+class Model(AdapterMethods):
     """A Linen module and its parameters, with the methods that Transformers' models have.
 
     module: the pure function: `module.apply({"params": params}, input_ids, ...)`.
     params: plain nested dict of jax arrays, named as the checkpoint.
     config, generation_config: what the folder's files say.
+    adapters: what is loaded beside the parameters.
     """
 
     module: nn.Module
     params: Params
     config: PretrainedConfig
     generation_config: GenerationConfig
+    adapters: Adapters = dataclasses.field(default_factory=Adapters)
 
     def __repr__(self) -> str:
         return f"Model({type(self.module).__name__}, {self.num_parameters():,} parameters, {self.dtype.name})"
@@ -80,12 +83,17 @@ class Model:
         Args:
           input_ids: [B, T] int, or inputs_embeds [B, T, D].
           attention_mask: 0 and 1 for all tokens so far, those in past_key_values included; or 4D as in the module.
-          inputs: the others, as in the module's `__call__`.
+          inputs: the others, as in the module's `__call__`; and adapter_names, an adapter's name for each row, or
+            "__base__".
 
         Raises:
           TypeError: unknown arguments.
           ValueError: token ids out of the vocabulary; a mask or a cache that does not fit the tokens.
         """
+        if (names := inputs.pop("adapter_names", None)) is not None:
+            new = input_ids if inputs_embeds is None else inputs_embeds
+            mixed = self._mixed(names, len(new))
+            return mixed(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **inputs)
         _check_names(self.module, inputs)
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
@@ -96,10 +104,13 @@ class Model:
     def generate(self, inputs: Any = None, generation_config: Any = None, *arguments: Any, **options: Any) -> Any:
         """Continue prompts; see flaxqwen.generation.generate.
 
+        adapter_names, besides: an adapter's name for each prompt, or "__base__", as in peft.
+
         Raises:
           TypeError: the model has no language-model head.
         """
-        return generate(self._causal_lm(), inputs, generation_config, *arguments, **options)
+        model = self._with_names(inputs, generation_config, options)
+        return generate(model._causal_lm(), inputs, generation_config, *arguments, **options)
 
     def stream(self, inputs: Any = None, generation_config: Any = None, *arguments: Any, **options: Any) -> Stream[Any]:
         """The pieces of generate(), read while they come by `for` or `async for`; see flaxqwen.generation.stream.
@@ -107,13 +118,24 @@ class Model:
         Raises:
           TypeError: the model has no language-model head.
         """
-        return stream(self._causal_lm(), inputs, generation_config, *arguments, **options)
+        model = self._with_names(inputs, generation_config, options)
+        return stream(model._causal_lm(), inputs, generation_config, *arguments, **options)
 
     def compute_transition_scores(
         self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
     ) -> np.ndarray:
         """The score of each token that generate() chose; see flaxqwen.generation.compute_transition_scores."""
         return compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+    def _with_names(self, inputs: Any, generation_config: Any, options: dict[str, Any]) -> Model:
+        """The model with the adapters of a call's prompts; adapter_names is taken out of its options."""
+        if (names := options.pop("adapter_names", None)) is None:
+            return self
+        given = (inputs, options.get("input_ids"), options.get("inputs_embeds"))
+        prompts = next((prompt for prompt in given if prompt is not None), (None,))
+        scale = options.get("guidance_scale", GenerationConfig.coerce(generation_config).guidance_scale)
+        scale = self.generation_config.guidance_scale if scale is None else scale
+        return self._mixed(names, len(prompts), copies=1 if scale in (None, 1) else 2)
 
     def _causal_lm(self) -> CausalLM:
         if not self.can_generate():
@@ -137,9 +159,15 @@ class Model:
 
         Raises:
           FileExistsError: the folder holds weights of the other framework, which would be stale.
-          ValueError: an unknown `to`, or no size; quantized weights for PyTorch; several processes, but for orbax.
+          ValueError: adapters are loaded; an unknown `to`, or no size; quantized weights for PyTorch; several
+            processes, but for orbax.
           OSError: a file cannot be written. Nothing is left of weights that are not whole.
         """
+        if self.adapters.loaded:
+            raise ValueError(
+                "the model has adapters: save_adapter(folder) writes one alone, and "
+                "merge_and_unload().save_pretrained(folder) all of it"
+            )
         if to == "pytorch" and self.config.quantization_config is not None:
             raise ValueError(
                 "PyTorch's Transformers does not read our quantized weights: save them with to='flax', and bring them "
@@ -212,11 +240,6 @@ class Model:
             shape = leaf.shape if sharding is None else sharding.heads.stored_shape(keys, leaf.shape)
             total += math.prod(shape) * (2 if leaf.dtype == np.uint8 else 1)
         return total
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """What the module is applied to: {"params": params}."""
-        return {"params": self.params}
 
     @property
     def dtype(self) -> np.dtype:

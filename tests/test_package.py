@@ -104,8 +104,8 @@ FLOORS = (
     ("convert.*", "hub", "config", "config_values", "rope_config", "distributed"),
     ("cache", "ops.*", "sharding"),
     ("models.*",),
-    ("generation.*", "lora", "training", "native"),
-    ("model", "auto", "loading", "aot", "quantization"),
+    ("generation.*", "lora.*", "training", "native"),
+    ("adapters", "model", "auto", "loading", "aot", "quantization"),
     ("parity", "parity_*", "cli", "cli.*"),
 )
 # Who may import torch or transformers, and only inside a function.

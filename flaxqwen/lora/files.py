@@ -1,0 +1,78 @@
+"""peft's folder of an adapter: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import safetensors.numpy
+
+from flaxqwen.convert import CheckpointError
+from flaxqwen.convert.checkpoint import Checkpoint
+from flaxqwen.lora.config import CONFIG_FILE, LoraConfig
+from flaxqwen.lora.tree import Tree, adapter_shapes, param_shapes, to_name, to_path, to_tensors, to_tree
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+
+
+def read_adapter(folder: Path, module: nn.Module, params: Tree) -> tuple[LoraConfig, Tree]:
+    """An adapter for a model, its low-rank tensors in float32 whatever the file has, as peft.
+
+    Raises:
+      FileNotFoundError: no adapter in the folder.
+      ValueError: a config that is not supported; tensors that are missing, unexpected, or of another shape (all that
+        is wrong, in one error).
+    """
+    config = LoraConfig.from_file(folder)
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder}: no weights of an adapter; expected {' or '.join(WEIGHTS)}")
+    with Checkpoint(path) as checkpoint:
+        tensors = {name.removeprefix(PREFIX): np.array(checkpoint.read(name)) for name in checkpoint.tensors}
+    check_tensors(str(path), config, tensors, module, params)
+    return config, place(tensors)
+
+
+def place(tensors: Mapping[str, Any]) -> Tree:
+    """Tensors by name as a tree on the device, the low-rank ones in float32."""
+    cast = {name: np.asarray(a, np.float32) if ".lora_" in f".{name}" else a for name, a in tensors.items()}
+    return to_tree(jax.device_put(cast))
+
+
+def check_tensors(where: str, config: LoraConfig, tensors: Mapping[str, Any], module: nn.Module, params: Tree) -> None:
+    """ValueError where an adapter's tensors are not those that its config asks for in this model."""
+    needed, optional = adapter_shapes(config, param_shapes(module, params))
+    expected, found = {**optional, **needed}, {}
+    wrong = []
+    for name, tensor in tensors.items():
+        try:
+            found[to_path(name)] = tuple(tensor.shape)
+        except ValueError:
+            wrong.append(f"{name} is unexpected")
+    wrong += [f"{to_name(path)} is missing" for path in needed if path not in found]
+    for path, shape in found.items():
+        if path not in expected:
+            wrong.append(f"{to_name(path)} is unexpected")
+        elif shape != expected[path]:
+            wrong.append(f"{to_name(path)} has shape {shape}, expected {expected[path]}")
+    if wrong:
+        raise CheckpointError(f"{where}: the adapter does not fit the model: {'; '.join(wrong)}")
+
+
+def write_adapter(folder: str | os.PathLike[str], config: LoraConfig, adapter: Tree) -> None:
+    """Write an adapter so that peft loads it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {PREFIX + name: np.asarray(jax.device_get(leaf)) for name, leaf in to_tensors(adapter).items()}
+    written = folder / (WEIGHTS[0] + ".new")
+    safetensors.numpy.save_file(tensors, written, metadata={"format": "pt"})
+    written.replace(folder / WEIGHTS[0])
+    (folder / WEIGHTS[1]).unlink(missing_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
