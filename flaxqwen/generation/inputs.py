@@ -184,6 +184,8 @@ def cached_length(cache: KVCache | None, ids: np.ndarray) -> int:
     """How many leading columns of ids the cache holds."""
     if cache is None:
         return 0
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"past_key_values must be a KVCache, of forward or generate(), found {type(cache).__name__}")
     lengths = np.unique(jax.device_get(cache.length))
     if len(jax.device_get(cache.length)) != len(ids) or len(lengths) != 1:
         raise ValueError(

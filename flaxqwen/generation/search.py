@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from flaxqwen.cache import KVCache, repeat_cache
+from flaxqwen.distributed import agree
 from flaxqwen.generation import beam
 from flaxqwen.generation.beam import BeamChoice, BeamOutput, BeamState
 from flaxqwen.generation.callables import HostCall, check_verdict
@@ -82,7 +83,8 @@ def search(
         while dispatched < options.max_new_tokens and len(queue) <= ahead:
             bound = min(bucket(request.length + dispatched + steps, SMALLEST_CACHE), state.cache.capacity)
             state = state.replace(cache=state.cache.replace(bound=bound))
-            if seconds is not None and time.monotonic() - begun > seconds:  # every candidate of the next step ends
+            # Every candidate of the next step ends, in every process.
+            if seconds is not None and bool(agree(time.monotonic() - begun > seconds)):
                 choice = choice.replace(max_length=np.int32(request.input_ids.shape[1] + dispatched + 1))
             state, output = programs.decode(model.module, model.variables, state, choice, steps=steps, **keep)
             queue.append(output)

@@ -335,26 +335,27 @@ def test_beams_cannot_be_streamed_step_by_step(ours, rng):
 
 
 def with_both(ours, rng, **options):
-    """Transformers' output and ours for a random model and prompts, ties within rounding left aside."""
+    """(our model, generate()'s arguments, our output, Transformers') of a random model; ties are left aside."""
     while True:
         theirs = torch_model("Qwen2ForCausalLM", tiny(vocab_size=VOCAB), seed=int(rng.integers(2**31)))
         gaps = smallest_gap(theirs)
         ids, mask = prompts(rng)
         given = KEEP | {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": NEW, "pad_token_id": 3}
-        given |= {"attention_mask": mask} | options
-        want = theirs.generate(th(ids), do_sample=False, **(given | {"attention_mask": th(mask)}))
+        given |= {"inputs": ids, "attention_mask": mask} | options
+        want = theirs.generate(do_sample=False, **(given | {"inputs": th(ids), "attention_mask": th(mask)}))
         if min(gaps) > 2e-5:
             break
-    got = replace(ours, params=params_of(theirs)).generate(ids, **given)
+    mine = replace(ours, params=params_of(theirs))
+    got = mine.generate(**given)
     np.testing.assert_array_equal(got.sequences, want.sequences)
     np.testing.assert_array_equal(got.beam_indices, want.beam_indices)
     np.testing.assert_allclose(got.sequences_scores, want.sequences_scores, rtol=1e-6, atol=1e-5)
-    return got, want
+    return mine, given, got, want
 
 
 @pytest.mark.parametrize("eos", ["none", "one"])
 def test_criteria_end_candidates(eos, ours, rng):
-    """A user's criterion, traced or on the host, and stop strings' place in the loop: each candidate by itself."""
+    """A user's criterion on the host, and the same traced into the loop: each candidate by itself."""
 
     def on_host(input_ids, scores, **_):
         return (input_ids[:, -1] % 5 == 0) & (input_ids.shape[1] > 12)
@@ -364,20 +365,28 @@ def test_criteria_end_candidates(eos, ours, rng):
         return (newest % 5 == 0) & (cur_len > 12)
 
     for _ in range(3):
-        theirs = torch_model("Qwen2ForCausalLM", tiny(vocab_size=VOCAB), seed=int(rng.integers(2**31)))
-        ids, mask = prompts(rng)
-        given = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": NEW, "pad_token_id": 3}
-        given |= {"eos_token_id": EOS[eos]}
-        gaps = smallest_gap(theirs)
-        want = theirs.generate(th(ids), attention_mask=th(mask), do_sample=False, stopping_criteria=[on_host], **given)
-        if min(gaps) < 2e-5:
-            continue
-        mine = replace(ours, params=params_of(theirs))
-        got = mine.generate(ids, attention_mask=mask, stopping_criteria=[traced], **given)
-        np.testing.assert_array_equal(got, want)
         with pytest.warns(UserWarning, match="on_host: called on the host at every step"):
-            got = mine.generate(ids, attention_mask=mask, stopping_criteria=[on_host], **given)
-        np.testing.assert_array_equal(got, want)
+            mine, given, _, want = with_both(ours, rng, eos_token_id=EOS[eos], stopping_criteria=[on_host])
+        got = mine.generate(**(given | {"stopping_criteria": [traced]}))
+        np.testing.assert_array_equal(got.sequences, want.sequences)
+
+
+def test_stop_strings_end_candidates(ours, rng):
+    """Strings of several tokens, which begin and end inside of tokens."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = [(a, b) for a in "abcx" for b in "abcxyz"]
+    words = [*"abcdefghijklmnopqrstuvwxyz", *(a + b for a, b in pairs)]
+    backend = Tokenizer(BPE({word: i for i, word in enumerate(words)}, pairs))
+    backend.decoder = decoders.Fuse()
+    tokenizer, ended = PreTrainedTokenizerFast(tokenizer_object=backend), 0
+    for eos in ("none", "one") * 3:
+        options = {"stop_strings": ["abx", "xy", "zc", "ca"], "tokenizer": tokenizer, "eos_token_id": EOS[eos]}
+        *_, want = with_both(ours, rng, **options)
+        ended += int((want.beam_indices < 0).any() or want.sequences.shape[1] < 9 + NEW)
+    assert ended > 0
 
 
 def test_allowed_tokens_and_processors_on_the_host(ours, rng):
@@ -396,7 +405,7 @@ def test_allowed_tokens_and_processors_on_the_host(ours, rng):
 
 
 def test_states_of_each_step_are_theirs(ours, rng):
-    got, want = with_both(ours, rng, output_attentions=True, output_hidden_states=True, eos_token_id=7)
+    *_, got, want = with_both(ours, rng, output_attentions=True, output_hidden_states=True, eos_token_id=7)
     assert len(got.attentions) == len(want.attentions) == len(got.hidden_states)
     real = np.repeat(padded_mask([9, 5], 9, "left"), 3, axis=0).astype(bool)
     for step, (mine, other) in enumerate(zip(got.hidden_states, want.hidden_states, strict=True)):

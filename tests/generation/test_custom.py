@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.generation.test_generate import EOS, models
-from tests.reference import close, counted_compilations, padded_mask, random_ids, th, torch
+from tests.reference import (
+    close,
+    counted_compilations,
+    padded_mask,
+    params_of,
+    random_ids,
+    th,
+    tiny,
+    torch,
+    torch_model,
+)
 
 HOST = "ignore:.*called on the host"
 LENGTH = {"max_new_tokens": 12, "eos_token_id": EOS, "pad_token_id": 3}
@@ -154,16 +166,19 @@ def test_one_that_looks_is_called_at_every_step(rng, pair_of_models):
 
 @pytest.mark.filterwarnings(HOST)
 def test_allowed_tokens(rng, pair_of_models):
-    theirs, mine = pair_of_models
-    ids = random_ids(rng, (2, 6))
+    """15 models, with two sets of options each."""
+    _, mine = pair_of_models
 
     def allowed(row, tokens):
         return [int(tokens[-1]) % 50, 60 + row, len(tokens) + 100, 5]
 
     options = {**LENGTH, "repetition_penalty": 1.5, "suppress_tokens": [60], "prefix_allowed_tokens_fn": allowed}
-    for more in ({}, {"bad_words_ids": [[61], [60]], "forced_eos_token_id": 7}):
-        want = theirs.generate(th(ids), do_sample=False, **options, **more)
-        np.testing.assert_array_equal(mine.generate(ids, **options, **more), want)
+    for seed in rng.integers(0, 2**31, 15):
+        theirs = torch_model("Qwen2ForCausalLM", tiny(max_position_embeddings=2048), seed=int(seed))
+        mine, ids = replace(mine, params=params_of(theirs)), random_ids(rng, (2, 6))
+        for more in ({}, {"bad_words_ids": [[61], [60]], "forced_eos_token_id": 7}):
+            want = theirs.generate(th(ids), do_sample=False, **options, **more)
+            np.testing.assert_array_equal(mine.generate(ids, **options, **more), want)
 
 
 @pytest.mark.filterwarnings(HOST)
