@@ -1,10 +1,12 @@
 """SynthID text: a watermark that reweighs the distribution by pseudo-random bits, one layer for each key.
 
-Axes: B batch, S columns of the sequence buffer, V vocabulary, M entries of the table of bits, K keys.
+Axes: B batch, S columns of the sequence buffer, V vocabulary, M entries of the table of bits, K keys,
+R neighbouring tokens, of whose bits those of all others are copies.
 """
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import flax.struct
@@ -18,6 +20,7 @@ from flaxqwen.generation.processors.torch_random import host_draws
 
 MULTIPLIER = 6364136223846793005  # of the hash, a linear congruential generator of 64 bits
 LARGEST_TABLE = 2**24
+SMALLEST_PERIOD = 2**15  # a smaller table is repeated, so that V is a few periods at most
 
 
 @flax.struct.dataclass
@@ -60,7 +63,7 @@ class SynthIDTextWatermarkLogitsProcessor:
         # a * a, which is odd, that is a row of neighbours from an offset on: no gather of V x K hashes.
         square = MULTIPLIER * MULTIPLIER % size
         table = host_draws(size, self.sampling_table_seed) % 2
-        bits = table[np.arange(size, dtype=np.int64) * square % size].astype(np.int8)
+        bits = table[np.arange(max(size, SMALLEST_PERIOD), dtype=np.int64) * square % size].astype(np.int8)
         inverse = pow(square, -1, size) if size > 1 else 0
         offsets = [(MULTIPLIER * (1 + int(key)) + 1) * inverse % size for key in self.keys]
         for name, value in (("bits", bits), ("keys", np.asarray(offsets, np.uint32))):
@@ -107,15 +110,21 @@ class SynthIDTextWatermarkLogitsProcessor:
         """Log-probabilities after K layers, in which tokens whose bit is 1 win against those whose bit is 0."""
         V, M = scores.shape[-1], self.bits.shape[0]
         probs = jax.nn.softmax(scores, axis=-1)
-        bits = jnp.tile(jnp.asarray(self.bits, probs.dtype), -(-V // M) + 1)
+        # Bits repeat after M tokens, so tokens M apart keep their ratio through all layers, which run on the sums of
+        # such tokens. 30 layers take 2.1 ms on a CPU at V = 151,936 and M = 65,536; on single tokens 5.
+        R = min(M, V)
+        periods = [jnp.pad(probs[:, i : i + R], ((0, 0), (0, max(i + R - V, 0)))) for i in range(0, V, R)]
+        first = reduce(jnp.add, periods)
+        bits = jnp.concatenate([self.bits, self.bits]).astype(probs.dtype)
 
-        def layer(probs: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+        def layer(folded: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
             offset = ((context + key) % np.uint32(M)).astype(jnp.int32)
-            won = jax.vmap(lambda at: jax.lax.dynamic_slice_in_dim(bits, at, V))(offset)
+            won = jax.vmap(lambda at: jax.lax.dynamic_slice_in_dim(bits, at, R))(offset)
             # A product in place of a sum along the row, which takes 6 times as long on a CPU.
-            mass = jnp.einsum("bv,bv->b", won, probs, precision=jax.lax.Precision.HIGHEST)
-            return probs * (1 + won - mass[:, None]), None
+            mass = jnp.einsum("bv,bv->b", won, folded, precision=jax.lax.Precision.HIGHEST)
+            return folded * (1 + won - mass[:, None]), None
 
-        probs, _ = jax.lax.scan(layer, probs, jnp.asarray(self.keys))
-        log_probs = jnp.log(probs)
+        last, _ = jax.lax.scan(layer, first, jnp.asarray(self.keys))
+        ratio = last / jnp.maximum(first, jnp.finfo(probs.dtype).tiny)
+        log_probs = jnp.log(probs * jnp.concatenate([ratio[:, : V - i] for i in range(0, V, R)], axis=1))
         return jnp.where(jnp.isfinite(log_probs), log_probs, jnp.finfo(log_probs.dtype).min)

@@ -24,10 +24,17 @@ from jax.typing import ArrayLike
 Followed = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 STATE, SHIFT = 624, 397  # words of the generator's state, and how far it looks ahead
+PLACES = 6  # of a value, that one pass over the steps looks at; of 40 values, few move on more often
 
 
 def draws(seed: jax.Array, count: int) -> jax.Array:
     """[..., count] uint32: the first numbers of torch.Generator().manual_seed(seed), for seeds [...] uint32."""
+    words = jnp.moveaxis(_states(seed, count), 0, -2)
+    return _temper(words.reshape(*seed.shape, -1)[..., :count])
+
+
+def _states(seed: jax.Array, count: int) -> jax.Array:
+    """[blocks, ..., 624] uint32: the generator's states that give its first `count` numbers, and a few more."""
 
     def fill(word: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         return 1812433253 * (word ^ (word >> 30)) + index, word
@@ -37,8 +44,11 @@ def draws(seed: jax.Array, count: int) -> jax.Array:
         return state, state
 
     state = jnp.moveaxis(jax.lax.scan(fill, seed, jnp.arange(1, STATE + 1, dtype=jnp.uint32))[1], 0, -1)
-    words = jnp.moveaxis(jax.lax.scan(block, state, None, length=-(-count // STATE))[1], 0, -2)
-    words = words.reshape(*seed.shape, -1)[..., :count]
+    return jax.lax.scan(block, state, None, length=-(-count // STATE))[1]
+
+
+def _temper(words: jax.Array) -> jax.Array:
+    """The numbers that words of a state give."""
     words ^= words >> 11
     words ^= (words << 7) & np.uint32(0x9D2C5680)
     words ^= (words << 15) & np.uint32(0xEFC60000)
@@ -105,16 +115,37 @@ def permutation_starts_with_value(seed: jax.Array, value: jax.Array, n: int, cou
     """[C] bool: whether value [C] is among the first `count` of torch.randperm(n), each for its own seed [C].
 
     Only the value is followed: it stays where it is until a step hits it, which puts it in front, or until the steps
-    come to it, which moves it away.
+    come to it, which moves it away. Where it would move to depends on no hit; so the next few places come first, and
+    one pass over the steps, block by block as they are drawn, looks for hits at all of them. At 40 seeds and 38,000
+    steps that takes 2.4 ms on a CPU; a pass for each place, over the swaps laid out by seed, 7.
     """
-    step, hit = jnp.arange(steps), swaps(seed, n, steps)
-    counted, rows = jnp.where(step < count, step, -1), jnp.arange(value.shape[0])
+    states = _states(seed, steps)
+    blocks, rows = jnp.arange(states.shape[0]), jnp.arange(value.shape[0])
+
+    def move(place: jax.Array) -> jax.Array:
+        """Where the step that comes to a place [C] moves the value there."""
+        word = states[jnp.minimum(place // STATE, blocks[-1]), rows, place % STATE]
+        return jnp.where(place < count, place + _remainder(_temper(word), n - place), place)
 
     def follow(carry: Followed) -> Followed:
         place, since, front, _ = carry
-        front |= jnp.max(jnp.where(hit == place[:, None], counted, -1), axis=-1) > since
-        moves = ~front & (place < count)
-        return jnp.where(moves, hit[rows, place], place), jnp.where(moves, place, since), front, jnp.any(moves)
+        places = [place]
+        for _ in range(PLACES - 1):
+            places.append(move(places[-1]))
+
+        def look(found: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            step = block[0] * STATE + jnp.arange(STATE)
+            at = jnp.full(found.shape, -1)
+            for place in reversed(places):
+                at = jnp.where(step <= place[:, None], place[:, None], at)
+            hit = step + _remainder(_temper(block[1]), n - step)
+            return found | ((hit == at) & (step > since[:, None]) & (step < count)), None
+
+        found, _ = jax.lax.scan(look, jnp.zeros(states.shape[1:], bool), (blocks, states))
+        front |= jnp.any(found, axis=-1)
+        further = move(places[-1])
+        moves = ~front & (further != places[-1])
+        return further, jnp.where(moves, places[-1], since), front, jnp.any(moves)
 
     start = value, jnp.full_like(value, -1), jnp.zeros(value.shape, bool), jnp.asarray(True)
     return jax.lax.while_loop(lambda carry: carry[3], follow, start)[2]

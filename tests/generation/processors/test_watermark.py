@@ -18,7 +18,7 @@ from tests.reference import torch
 KEYS = st.sampled_from([15485863, 7, 2**40 + 17, 2**63 - 25, 2**64 - 59, -3, -(2**63)])
 
 
-@pytest.mark.parametrize(("n", "steps"), [(97, 60), (97, 96), (5, 4), (2, 1), (40_000, 10_000)])
+@pytest.mark.parametrize(("n", "steps"), [(97, 60), (97, 96), (5, 4), (2, 1), (2_000, 1_999), (40_000, 10_000)])
 def test_permutations_are_those_of_torch(n: int, steps: int, rng: np.random.Generator) -> None:
     seeds = rng.integers(0, 2**32, 6).astype(np.uint32)
     words = jax.jit(torch_random.draws, static_argnums=1)(seeds, 1300)
@@ -91,9 +91,13 @@ def test_synthid(options: dict[str, Any], rng: np.random.Generator) -> None:
 
 
 @examples
-@given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 1), (V, 2**20), (331, 64)]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 1), (V, 2**20), (331, 64), (40_000, 16)]))
 def test_synthid_of_any_scores(seed: int, sizes: tuple[int, int]) -> None:
-    """Of peaked distributions too: what a layer takes away from all but one token is then known to few digits."""
+    """Of vocabularies of which the table of bits covers a part, and of peaked distributions.
+
+    Where one token has nearly all, a layer leaves the others nothing or a last digit, as that token's mass is rounded,
+    there and here (in 1% of texts): so what must be float32's least number are the tokens that cannot come.
+    """
     rng, (vocab_size, size) = np.random.default_rng(seed), sizes
     scores = (rng.standard_normal((1, vocab_size)) * rng.choice([0.3, 2.0, 6.0])).astype(np.float32)
     scores[rng.random(scores.shape) < 0.3] = -np.inf
@@ -102,7 +106,7 @@ def test_synthid_of_any_scores(seed: int, sizes: tuple[int, int]) -> None:
     ids = np.ones((1, 6), np.int32)
     want, got = apply_theirs(other, ids, scores), np.asarray(run(mine, ids, scores))
     np.testing.assert_allclose(np.exp(got), np.exp(want), rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(got == np.finfo(np.float32).min, want == np.finfo(np.float32).min)
+    assert set(got[np.isneginf(scores)]) == set(want[np.isneginf(scores)]) <= {np.finfo(np.float32).min}
 
 
 @pytest.mark.parametrize(
