@@ -331,6 +331,8 @@ def main(args: Sequence[str] | None = None) -> int:
     where nobody reads the output. Other exceptions are bugs, and propagate.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are about models in PyTorch
+    if args is None:
+        keep_compiled_programs()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -349,6 +351,18 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
         return USAGE_ERROR
+
+
+def keep_compiled_programs() -> None:
+    """Have JAX keep what it compiles in ~/.cache/flaxqwen/compiled, for the next process; call before jax is imported.
+
+    JAX's own variables win: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=0 is the off
+    switch.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(home, "flaxqwen", "compiled")))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 10**9))  # bytes; the least recently used go
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _run(args: list[str]) -> int:

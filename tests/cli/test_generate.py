@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -274,3 +276,33 @@ def test_constrained_and_drafted(run: Run, random_model: Path, tmp_path: Path):
     assert_refused(run(*args, "--regex", "a", "--json-schema", schema), "give one of them")
     assert_refused(run(*args, "--regex", "(a"), "cannot be compiled")
     assert_refused(run(*args, "--json-schema", tmp_path / "none.json"), "none.json")
+
+
+COUNTED = """
+import sys
+from flaxqwen.cli.app import keep_compiled_programs, main
+keep_compiled_programs()
+import jax
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rsplit("/")[-1]))
+code = main(sys.argv[1:])
+print(code, events.count("cache_hits"), events.count("cache_misses"))
+"""
+
+
+def test_a_second_process_compiles_nothing(random_model: Path, tmp_path: Path):
+    """The programs are kept under the user's cache: the first process compiles them, the second loads every one."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMP")} | {
+        "XDG_CACHE_HOME": str(tmp_path)
+    }
+    command = [sys.executable, "-c", COUNTED, "generate", str(random_model), "--ids", "1 2 3", *GREEDY]
+    counts = []
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        counts.append(tuple(map(int, done.stdout.splitlines()[-1].split())))
+    (code, hits, misses), again = counts
+    assert (code, hits) == (0, 0)
+    assert misses >= 2
+    assert again == (0, misses, 0)
+    assert any((tmp_path / "flaxqwen" / "compiled").iterdir())

@@ -1,0 +1,284 @@
+"""Speed and memory of generation beside its peers and the machine's roofs, in one run.
+
+    python -m benchmarks.run --device cpu|gpu [--models 0.5b,1.5b,7b] [--dtypes f32,bf16,int8] [--prompts 128,1024]
+                             [--batches 1,8] [--contexts 128] [--peers transformers,transformers-compile]
+                             [--new 32] [--repeats 3] [--out DIR]
+
+Models of the official geometries with random weights; greedy decoding with no end of sequence; each model and side in
+a process of its own. Prefill is generate() of one token, a decode step what each further token adds, the first call
+generate() of 32 tokens from 128 before anything was compiled or run; peak memory is the process's, or on a GPU the
+device's. Medians of the repeats are given. The roofs are measured in the same run: bandwidth by reading 1 GB, the
+matrix rate by a large product. A step at the roof reads every weight and the filled cache once. int8 is weight-only,
+computed in bfloat16. The last line is JSON; with --out it is written there too, and a roofline plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.geometries import GEOMETRIES, config
+
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}
+ITEM = {"f32": 4, "bf16": 2, "int8": 1}
+DEFAULTS = {
+    "cpu": {"models": "0.5b", "dtypes": "f32,bf16,int8", "prompts": "128,1024", "batches": "1,8", "contexts": "128"},
+    "gpu": {
+        "models": "0.5b,1.5b,7b",
+        "dtypes": "bf16,int8",
+        "prompts": "128,1024,4096",
+        "batches": "1,8,64",
+        "contexts": "128,4096",
+    },
+}
+Generate = Callable[[np.ndarray, int], Any]
+
+
+def ours(model: str, dtype: str) -> Generate:
+    """flaxqwen's generate(ids, new tokens)."""
+    import jax
+
+    from flaxqwen import AutoModelForCausalLM
+
+    quantize: Any = "int8" if dtype == "int8" else None
+    built = AutoModelForCausalLM.from_config(config(model), dtype=DTYPES[dtype], quantize=quantize)
+    jax.block_until_ready(built.params)
+    return lambda ids, new: built.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None)
+
+
+def theirs(model: str, dtype: str, device: str, compiled: bool) -> Generate:
+    """Transformers' generate(ids, new tokens), eager with sdpa, or with a static cache and torch.compile."""
+    import torch
+    import transformers
+
+    settings = transformers.Qwen2Config.from_dict(config(model).to_dict())
+    place = "cuda" if device == "gpu" else "cpu"
+    with torch.device(place):
+        built = transformers.AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, DTYPES[dtype])).eval()
+    options = {"cache_implementation": "static"} if compiled else {}
+
+    def generate(ids: np.ndarray, new: int) -> Any:
+        tokens = torch.tensor(ids, dtype=torch.long, device=place)
+        mask = torch.ones_like(tokens)
+        out = built.generate(
+            tokens,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            **options,
+        )
+        return out.cpu()
+
+    return generate
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def peak_bytes(side: str, device: str) -> int:
+    """Peak memory of this process, or of its device."""
+    if device == "cpu":
+        # Not ru_maxrss: it begins with the peak of the process that forked this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+    if side == "flaxqwen":
+        import jax
+
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+def measure(side: str, model: str, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one side; one that fails, such as for want of memory, gives its error in their place."""
+    rng, device = np.random.default_rng(0), arguments.device
+    start = time.perf_counter()
+    generate = ours(model, dtype) if side == "flaxqwen" else theirs(model, dtype, device, side.endswith("compile"))
+    found: dict[str, Any] = {"load_s": round(time.perf_counter() - start, 2)}
+
+    def prompt(batch: int, length: int) -> np.ndarray:
+        return rng.integers(0, config(model).vocab_size, (batch, length))
+
+    ids = prompt(1, 128)
+    found["first_call_s"] = round(seconds(lambda: generate(ids, 32)), 2)
+    cases = [("prefill", 1, length) for length in map(int, arguments.prompts.split(","))]
+    lengths, batches = map(int, arguments.contexts.split(",")), list(map(int, arguments.batches.split(",")))
+    cases += [("decode", batch, length) for length in lengths for batch in batches]
+    for phase, batch, length in cases:
+        ids, new, times = prompt(batch, length), arguments.new, []
+        try:
+            for _ in range(arguments.repeats + 1):
+                first = seconds(lambda: generate(ids, 1))  # noqa: B023
+                step = (seconds(lambda: generate(ids, new)) - first) / (new - 1) if phase == "decode" else first  # noqa: B023
+                times.append(step * 1e3)
+            found[f"{phase}_ms_{batch}x{length}"] = round(statistics.median(times[1:]), 2)
+        except Exception as error:
+            found[f"{phase}_ms_{batch}x{length}"] = f"{type(error).__name__}: {error}"[:200]
+    return found | {"peak_mb": round(peak_bytes(side, device) / 1e6)}
+
+
+def roofs(device: str) -> dict[str, Any]:
+    """What the machine can do: bytes read per second, and FLOP/s of a matrix product in each dtype."""
+    import jax
+    import jax.numpy as jnp
+
+    def best(call: Callable[..., Any], *inputs: Any) -> float:
+        program = jax.jit(call)
+        jax.block_until_ready(program(*inputs))
+        return min(seconds(lambda: jax.block_until_ready(program(*inputs))) for _ in range(7))
+
+    table, row = jnp.ones((2**18, 1024), jnp.float32), jnp.ones((1, 1024), jnp.float32)
+    dims = (((1,), (1,)), ((), ()))
+    reading = min(best(lambda t: t.sum(), table), best(lambda t, r: jax.lax.dot_general(r, t, dims), table, row))
+    found: dict[str, Any] = {"gb_per_s": round(table.nbytes / reading / 1e9, 1)}
+    n = 8192 if device == "gpu" else 2048
+    for name in ("f32", "bf16"):
+        x = jnp.ones((n, n), DTYPES[name])
+        wide = best(lambda a, b: jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32), x, x)
+        found[f"tflops_{name}"] = round(2 * n**3 / wide / 1e12, 3)
+    return found | {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+def step_bytes(model: str, dtype: str, batch: int, context: int) -> int:
+    """Bytes that a decode step must read: weights, and the filled cache in the dtype of the arithmetic."""
+    hidden, wide, layers, heads, kv_heads, vocabulary, _ = GEOMETRIES[model]
+    kv = kv_heads * hidden // heads
+    weights = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * wide) + vocabulary * hidden
+    return weights * ITEM[dtype] + 2 * layers * kv * batch * context * max(ITEM[dtype], 2)
+
+
+def in_process(*words: str) -> dict[str, Any]:
+    """What this file prints in its last line, run anew."""
+    command = [sys.executable, "-m", "benchmarks.run", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    return (
+        json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": f"exit code {done.returncode}"}
+    )
+
+
+def table(results: list[dict[str, Any]], roof: dict[str, Any]) -> list[str]:
+    """A line for each figure: that of every side, each peer's over ours, and the share of the roof."""
+    lines = []
+    for result in results:
+        mine, *peers = (result["sides"][side] for side in result["sides"])
+        for name, value in mine.items():
+            line = f"{result['model']:5} {result['dtype']:5} {name:20} {value!s:>10}"
+            for peer in peers:
+                other = peer.get(name)
+                line += f" {other!s:>10}"
+                if isinstance(value, int | float) and isinstance(other, int | float):
+                    line += f" {other / value:5.2f} x"
+            if name.startswith("decode") and isinstance(value, float):
+                batch, context = map(int, name.rsplit("_", 1)[1].split("x"))
+                share = (
+                    step_bytes(result["model"], result["dtype"], batch, context)
+                    / (value / 1e3)
+                    / 1e9
+                    / roof["gb_per_s"]
+                )
+                line += f"  {share:4.0%} of the bandwidth"
+            lines.append(line)
+    return lines
+
+
+def plot(results: list[dict[str, Any]], roof: dict[str, Any], path: Path) -> None:
+    """A roofline plot: FLOP/s over FLOPs per byte of each decode and prefill, under the measured roofs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    intensity = np.logspace(-1, 4, 200)
+    for name in ("f32", "bf16"):
+        peak = roof[f"tflops_{name}"] * 1e12
+        axes.loglog(intensity, np.minimum(intensity * roof["gb_per_s"] * 1e9, peak), label=f"roof, {name}")
+    for result in results:
+        for side, found in result["sides"].items():
+            points = []
+            for name, value in found.items():
+                if "_ms_" not in name or not isinstance(value, float):
+                    continue
+                batch, length = map(int, name.rsplit("_", 1)[1].split("x"))
+                tokens = batch * (length if name.startswith("prefill") else 1)
+                size = step_bytes(result["model"], result["dtype"], batch, length)
+                flops = 2 * tokens * step_bytes(result["model"], result["dtype"], 0, 0) / ITEM[result["dtype"]]
+                points.append((flops / size, flops / (value / 1e3)))
+            if points:
+                axes.loglog(*zip(*points, strict=True), "o", label=f"{result['model']} {result['dtype']} {side}")
+    axes.set(xlabel="FLOPs per byte read", ylabel="FLOP/s", title=f"{roof['device']}: prefill and decode")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def parse() -> argparse.Namespace:
+    """The command line; what it leaves out depends on the device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    for name in DEFAULTS["cpu"]:
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--peers", default="", help="of transformers, transformers-compile")
+    parser.add_argument("--new", default=32, type=int, help="tokens")
+    parser.add_argument("--repeats", default=3, type=int, help="that count; one more comes first and does not")
+    parser.add_argument("--out", type=Path, help="folder for the JSON and the plot")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    for name, value in DEFAULTS[arguments.device].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def main() -> None:
+    """Run the benchmark and print its table and its line."""
+    arguments = parse()
+    if arguments.worker == "roofs":
+        print(json.dumps(roofs(arguments.device)))
+        return
+    if arguments.worker:
+        side, model, dtype = arguments.worker.split("/")
+        print(json.dumps(measure(side, model, dtype, arguments)))
+        return
+    words = ["--device", arguments.device, "--new", str(arguments.new), "--repeats", str(arguments.repeats)]
+    for name in ("prompts", "batches", "contexts"):
+        words += [f"--{name}", getattr(arguments, name)]
+    roof, results = in_process("--worker", "roofs", *words), []
+    for model in arguments.models.split(","):
+        for dtype in arguments.dtypes.split(","):
+            peers = [] if dtype == "int8" else [peer for peer in arguments.peers.split(",") if peer]
+            sides = {side: in_process("--worker", f"{side}/{model}/{dtype}", *words) for side in ("flaxqwen", *peers)}
+            results.append({"model": model, "dtype": dtype, "sides": sides})
+            print(json.dumps(results[-1]), file=sys.stderr)
+    print(f"roofs: {roof}", *table(results, roof), sep="\n")
+    names = ("flaxqwen", "jax", "flax", "torch", "transformers")
+    setting = {"date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine()}
+    setting["versions"] = {name: importlib.metadata.version(name) for name in names}
+    report = {"benchmark": "run", "device": arguments.device, **setting, "roofs": roof, "results": results}
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        stem = f"{arguments.device}-{arguments.dtypes.replace(',', '-')}"
+        (arguments.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+        plot(results, roof, arguments.out / f"{stem}.png")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
