@@ -40,6 +40,12 @@ class ModelOutput:
         return len(self.keys())
 
 
+class BaseModelOutput(ModelOutput, flax.struct.PyTreeNode):
+    """last_hidden_state: [clips, positions, width] of an encoder."""
+
+    last_hidden_state: jax.Array
+
+
 class BaseModelOutputWithPast(ModelOutput, flax.struct.PyTreeNode):
     """last_hidden_state [B, T, D]; hidden_states: layers + 1 of [B, T, D], the last one normed; attentions: a
     [B, N, T, S] per layer; past_key_values: the cache with the new tokens in it."""
@@ -87,3 +93,24 @@ class QuestionAnsweringModelOutput(ModelOutput, flax.struct.PyTreeNode):
     end_logits: jax.Array | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
+
+
+class Qwen2AudioModelOutputWithPast(ModelOutput, flax.struct.PyTreeNode):
+    """As BaseModelOutputWithPast, with the attention_mask that was used."""
+
+    last_hidden_state: jax.Array
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    attention_mask: jax.Array | None = None
+
+
+class Qwen2AudioCausalLMOutputWithPast(ModelOutput, flax.struct.PyTreeNode):
+    """As CausalLMOutputWithPast, with the attention_mask that was used."""
+
+    loss: jax.Array | None = None
+    logits: jax.Array | None = None
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    attention_mask: jax.Array | None = None

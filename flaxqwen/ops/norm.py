@@ -1,4 +1,4 @@
-"""Root-mean-square layer normalisation."""
+"""Layer normalisation: by the root mean square, and by mean and variance."""
 
 from __future__ import annotations
 
@@ -21,3 +21,20 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return weight.astype(x.dtype) * (wide * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias (Ba et al. 2016), all in float32 and cast last, as torch.nn.LayerNorm."""
+
+    eps: float
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., D]."""
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
