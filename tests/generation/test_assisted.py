@@ -36,14 +36,6 @@ GREEDY = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 3}
 ANY = {"assistant_confidence_threshold": 0.0}  # every draft counts, however unsure
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def ours():
     _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, vocab_size=VOCAB)

@@ -28,24 +28,13 @@ from tests.reference import (
     random_ids,
     th,
     tiny,
-    torch,
     torch_model,
 )
 
-# Torch's threads wait for each other longer than these models compute.
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
 VOCAB = 61  # few tokens, so that beams end early and often
 EOS = {"none": None, "one": 7, "several": [7, 11, 30]}
 KEEP = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 NEW = 14
-
-
-@pytest.fixture(scope="module")
-def one_torch_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
