@@ -33,6 +33,9 @@ Dtype = Annotated[
     typer.Option(help="Of weights and arithmetic; auto: as the model's config says."),
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message, in place of the template's own.")]
+AdapterName = Annotated[
+    str | None, typer.Option("--adapter", metavar="ADAPTER", help="A LoRA adapter of peft's: a folder, or a hub id.")
+]
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Default: that of the model's generation_config, else 256 (chat: 1024)."),
@@ -175,6 +178,7 @@ def _generate(
     assistant: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A smaller model with the same tokenizer, to draft tokens.")
     ] = None,
+    adapter: AdapterName = None,
     dtype: Dtype = "auto",
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text when it is complete.")] = False,
     mesh: MeshSizes = None,
@@ -202,6 +206,7 @@ def _generate(
             regex=regex,
             json_schema=json_schema,
             assistant=assistant,
+            adapter=adapter,
             dtype=dtype,
             stream=sys.stdout.isatty() and not no_stream,
             as_json=as_json,
@@ -226,6 +231,7 @@ def _chat(
     top_k: TopK = None,
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
+    adapter: AdapterName = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Talk with a model in the terminal.
@@ -241,6 +247,7 @@ def _chat(
         system=system,
         max_new_tokens=max_new_tokens,
         options=sampling_options(temperature, top_p, top_k, repetition_penalty, seed),
+        adapter=adapter,
         dtype=dtype,
     )
 

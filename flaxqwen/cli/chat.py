@@ -89,12 +89,22 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def chat(name: str, *, system: str | None, max_new_tokens: int | None, options: dict[str, Any], dtype: str) -> None:
+def chat(
+    name: str,
+    *,
+    system: str | None,
+    max_new_tokens: int | None,
+    options: dict[str, Any],
+    dtype: str,
+    adapter: str | None = None,
+) -> None:
     """Read messages from stdin and print the answers, until its end or /exit."""
     folder = resolve_folder(name)
     tokenizer = need_tokenizer(load_tokenizer(folder), folder)
     chat_ids(tokenizer, [{"role": "user", "content": ""}])  # refuses one without a template, before weights are read
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if adapter is not None:
+        model = model.load_adapter(adapter)
     conversation = Conversation(model, tokenizer, system, max_new_tokens, options)
     is_terminal = sys.stdin.isatty()
     if is_terminal:

@@ -47,6 +47,7 @@ def generate_text(
     regex: str | None = None,
     json_schema: Path | None = None,
     assistant: str | None = None,
+    adapter: str | None = None,
     dtype: str,
     stream: bool,
     as_json: bool,
@@ -60,6 +61,7 @@ def generate_text(
       chat, system: apply the chat template, with a system message.
       options: of sampling, for generate().
       regex, json_schema: what the text is to match; the schema in a file. assistant: a draft model.
+      adapter: a folder of peft's, or a hub id.
       mesh: sizes such as "tensor=4", of all devices. distributed: this is one of several processes, which all have the
         same arguments; the first one prints.
 
@@ -83,6 +85,8 @@ def generate_text(
         times = [clock.now()]
         devices = mesh_of(mesh) if mesh or distributed else None
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, mesh=devices)
+        if adapter is not None:
+            model = model.load_adapter(adapter)
         if assistant is not None:
             draft = AutoModelForCausalLM.from_pretrained(assistant, dtype=dtype, mesh=devices)
             options = options | {"assistant_model": draft}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flaxqwen import AutoModelForCausalLM
+from flaxqwen import AutoModelForCausalLM, LoraConfig
 from flaxqwen.cli.generate import sampling_options
 from flaxqwen.cli.text import TextStream, decoder, load_tokenizer
 from tests.cli.conftest import CHATML, END_OF_TURN, SENTENCE, Run, assert_refused, encode
@@ -306,3 +306,17 @@ def test_a_second_process_compiles_nothing(random_model: Path, tmp_path: Path):
     assert misses >= 2
     assert again == (0, misses, 0)
     assert any((tmp_path / "flaxqwen" / "compiled").iterdir())
+
+
+def test_adapter(run: Run, random_model: Path, tmp_path: Path):
+    """--adapter generates with it."""
+    model = AutoModelForCausalLM.from_pretrained(random_model)
+    config = LoraConfig(r=4, lora_alpha=256, target_modules="all-linear", init_lora_weights=False)
+    adapted = model.add_adapter(config, seed=3)
+    adapted.save_adapter(tmp_path)
+    args = ("generate", random_model, "--ids", "1,2,3", "--max-new-tokens", "6", *GREEDY)
+    plain, got = (json.loads(run(*args, *more).out)["new_tokens"] for more in ((), ("--adapter", tmp_path)))
+    want = adapted.generate(np.array([[1, 2, 3]]), max_new_tokens=6, do_sample=False)[0, 3:]
+    assert got == want.tolist()
+    assert got != plain
+    assert_refused(run(*args, "--adapter", random_model), "no adapter_config.json")
