@@ -53,9 +53,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (5, 1.01), "eos_token_id": 3},
     "remove_invalid_values": {"remove_invalid_values": True},
     "renormalize_logits": {"renormalize_logits": True},
-    "watermark, left hash": {"watermarking_config": {"seeding_scheme": "lefthash"}},
-    "watermark, self hash": {"watermarking_config": {"seeding_scheme": "selfhash", "context_width": 4}},
-    "SynthID, 30 keys": {"watermarking_config": {"ngram_len": 5, "keys": list(range(1, 31))}},
+    "watermark by left hash": {"watermarking_config": {"seeding_scheme": "lefthash"}},
+    "watermark by self hash": {"watermarking_config": {"seeding_scheme": "selfhash", "context_width": 4}},
+    "SynthID of 30 keys": {"watermarking_config": {"ngram_len": 5, "keys": list(range(1, 31))}},
 }
 PLAIN = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 Run = Callable[[int], Any]
