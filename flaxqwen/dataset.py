@@ -1,0 +1,97 @@
+"""Training data: a JSON lines file of chats or texts, as packed rows of tokens, shuffled by grain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxqwen.models.losses import IGNORE_INDEX
+
+Example = tuple[list[int], list[int]]  # token ids, and labels: the same, or IGNORE_INDEX where there is no loss
+
+
+def read_examples(path: Path, tokenizer: Any) -> Iterator[Example]:
+    """The examples of a file, one JSON object a line: {"messages": [...]} or {"text": "..."}.
+
+    Of messages the assistant's are learned, the token that ends each included; of a text all. Blank lines are skipped.
+
+    Raises:
+      ValueError: a line that is neither, by its number.
+    """
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield to_example(json.loads(line), tokenizer)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def to_example(record: Any, tokenizer: Any) -> Example:
+    """One record's token ids and labels; ValueError for what is no record."""
+    if isinstance(record, dict) and isinstance(record.get("messages"), list):
+        return _chat_example(record["messages"], tokenizer)
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        ids = [*tokenizer(record["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return ids, ids
+    raise ValueError('expected {"messages": [...]} or {"text": "..."}')
+
+
+def _chat_example(messages: list[dict[str, str]], tokenizer: Any) -> Example:
+    """A conversation: what the template puts between the prompt of each answer and the answer's end is learned."""
+    for message in messages:
+        if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
+            raise ValueError(f'a message is {{"role": ..., "content": ...}}; found {message!r}')
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("no message of the assistant: there is nothing to learn")
+    render = tokenizer.apply_chat_template
+    text = render(messages, tokenize=False)
+    spans = []
+    for i in answers:
+        start = len(render(messages[:i], tokenize=False, add_generation_prompt=True))
+        # What follows the end-of-turn token, a newline in ChatML, is never generated.
+        stop = len(render(messages[: i + 1], tokenize=False).rstrip())
+        spans.append((start, stop))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    learned = [any(start <= first and last <= stop for start, stop in spans) for first, last in offsets]
+    return ids, [token if yes else IGNORE_INDEX for token, yes in zip(ids, learned, strict=True)]
+
+
+def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
+    """Rows of `length` tokens, each filled with whole examples where they fit: the longest first, each in the fullest row.
+
+    Returns:
+      input_ids, labels, segment_ids (1, 2, ... by example; 0 is padding), position_ids: [R, length] int32. An example
+      that is longer than a row is cut.
+    """
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
+    rows: list[list[int]] = []
+    room: dict[int, list[int]] = {length: []}  # rows by how many tokens they still take
+    for i in order:
+        size = min(len(examples[i][0]), length)
+        left = next((space for space in range(size, length) if room.get(space)), length)
+        if left == length:
+            rows.append([])
+        row = room[left].pop() if left < length else len(rows) - 1
+        rows[row].append(i)
+        room.setdefault(left - size, []).append(row)
+    packed = {name: np.zeros((len(rows), length), np.int32) for name in ("input_ids", "segment_ids", "position_ids")}
+    packed["labels"] = np.full((len(rows), length), IGNORE_INDEX, np.int32)
+    for row, members in enumerate(rows):
+        start = 0
+        for segment, i in enumerate(members, start=1):
+            ids, labels = (values[: length - start] for values in examples[i])
+            stop = start + len(ids)
+            packed["input_ids"][row, start:stop] = ids
+            packed["labels"][row, start + 1 : stop] = labels[1:]  # nothing before the first token predicts it
+            packed["segment_ids"][row, start:stop] = segment
+            packed["position_ids"][row, start:stop] = np.arange(len(ids))
+            start = stop
+    return packed
