@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from flaxqwen.models.losses import IGNORE_INDEX
@@ -65,7 +67,7 @@ def _chat_example(messages: list[dict[str, str]], tokenizer: Any) -> Example:
 
 
 def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
-    """Rows of `length` tokens, each filled with whole examples where they fit: the longest first, each in the fullest row.
+    """Rows of `length` tokens filled with whole examples: the longest first, each into the fullest row that takes it.
 
     Returns:
       input_ids, labels, segment_ids (1, 2, ... by example; 0 is padding), position_ids: [R, length] int32. An example
@@ -95,3 +97,39 @@ def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
             packed["position_ids"][row, start:stop] = np.arange(len(ids))
             start = stop
     return packed
+
+
+class Batches:
+    """Batches of rows by the number of the step: the order follows from the seed alone, so there is no place to save.
+
+    Every epoch has an order of its own. Each process has its share of the rows of a batch.
+    """
+
+    def __init__(self, rows: dict[str, np.ndarray], batch_size: int, accumulate: int, seed: int) -> None:
+        """rows: of pack. A step takes batch_size x accumulate of them, from all processes together.
+
+        Raises:
+          ImportError: grain is not installed.
+          ValueError: a batch that the processes cannot share.
+        """
+        grain = import_extra("grain")
+        processes = jax.process_count()
+        if batch_size % processes:
+            raise ValueError(f"a batch of {batch_size} rows does not divide among {processes} processes")
+        self._rows, self._accumulate = rows, accumulate
+        order = grain.MapDataset.range(len(rows["input_ids"])).seed(seed).shuffle().repeat()
+        self._order = order[jax.process_index() :: processes].batch(batch_size // processes * accumulate)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step: each array [batch, length], or [accumulate, batch, length]."""
+        taken = self._order[step]
+        shape = (-1,) if self._accumulate == 1 else (self._accumulate, -1)
+        return {name: values[taken].reshape(*shape, values.shape[1]) for name, values in self._rows.items()}
+
+
+def import_extra(name: str) -> Any:
+    """A library of the extra [train]; ImportError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"training needs {name.partition('.')[0]}: pip install 'flaxqwen[train]'") from error

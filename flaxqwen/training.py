@@ -1,18 +1,21 @@
 """Training: a pure step from (state, batch) to (state, metrics), its loss, and its optimiser.
 
-    optimizer = make_optimizer(steps=1000, learning_rate=1e-5)
-    state = TrainState.create({"params": params}, optimizer)
-    step = jax.jit(make_train_step(module, optimizer), donate_argnums=0)
+    optimizer = make_optimizer(make_schedule(steps=1000, learning_rate=1e-5))
+    state = TrainState.create({"params": model.params}, optimizer)
+    step = jax.jit(make_train_step(model.module, optimizer), donate_argnums=0)
     state, metrics = step(state, batch)
 
-Axes: A accumulated micro-batches, B batch, T tokens, D model, V vocabulary, C tokens of a chunk of the loss.
+On a mesh the arrays say where they lie, and the module's own constraints do the rest. The dtype of the arithmetic is
+the module's: `module.clone(dtype=jnp.bfloat16)` computes in bfloat16 with float32 weights.
+
+Axes: A accumulated micro-batches, B batch, T tokens, D model, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -21,21 +24,30 @@ import jax.numpy as jnp
 import optax
 
 from flaxqwen.models.losses import IGNORE_INDEX, cross_entropy
+from flaxqwen.models.qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, make_visibility, token_slots
 from flaxqwen.ops.linear import Linear
+from flaxqwen.ops.rotary import rotary_embedding
 
 Variables = dict[str, Any]
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Remat = Literal["none", "dots", "full"]
 
 # Tokens whose logits are in memory at once: 1,024 x 152k in float32 are 0.6 GB, where 8,192 would be 5.
 LOSS_CHUNK = 1024
+# What the forward pass keeps of a layer for the backward pass, which computes the rest again.
+POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "segment_ids")
 
 
 class TrainState(flax.struct.PyTreeNode):
     """All that a step changes.
 
     step: [] int32, how many steps were taken.
-    trainable: what is trained, in the dtype in which it is kept: {"params": ...} or {"lora": ...}.
+    trainable: the collections that are trained, {"params": ...} or {"lora": ...}, in the dtype in which they are kept.
     opt_state: of optax.
     """
 
@@ -49,46 +61,127 @@ class TrainState(flax.struct.PyTreeNode):
         return cls(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
+def make_schedule(
+    steps: int, learning_rate: float, warmup_steps: int = 0, final_learning_rate: float = 0.0
+) -> optax.Schedule:
+    """The learning rate by step: a linear warm-up from 0, then a cosine that ends after `steps`, warm-up included."""
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    cosine = optax.cosine_decay_schedule(
+        learning_rate, max(steps - warmup_steps, 1), final_learning_rate / learning_rate
+    )
+    return optax.join_schedules([warmup, cosine], [warmup_steps]) if warmup_steps else cosine
+
+
 def make_optimizer(
+    schedule: optax.ScalarOrSchedule,
     *,
-    steps: int,
-    learning_rate: float,
-    warmup_steps: int = 0,
-    final_learning_rate: float = 0.0,
-    weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) with clipping, a linear warm-up and a cosine to final_learning_rate.
+    """AdamW (Loshchilov and Hutter 2019); defaults as Transformers' Trainer.
 
     Args:
-      steps: of the whole run, the warm-up included.
-      weight_decay: of matrices; norms and biases do not decay, as in Transformers' Trainer.
+      schedule: the learning rate, or of make_schedule.
+      weight_decay: of matrices; norms and biases do not decay.
       max_grad_norm: the global norm to which gradients are clipped; None: they are not.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0 if warmup_steps else learning_rate, learning_rate, warmup_steps, max(steps, warmup_steps + 1),
-        final_learning_rate,
-    )  # fmt: skip
     adamw = optax.adamw(schedule, *betas, eps, weight_decay=weight_decay, mask=_decays)
     return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
 
 
 def _decays(trainable: Variables) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, trainable)
+    """Whether each leaf decays; vectors do not, nor those of stacked layers."""
+
+    def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        is_vector = path[-1].key == "bias" or path[-2].key.endswith("norm")
+        return not is_vector and leaf.ndim > 1
+
+    return jax.tree_util.tree_map_with_path(decays, trainable)
 
 
-def loss_sum(module: Any, variables: Variables, batch: Batch, chunk: int = LOSS_CHUNK) -> jax.Array:
-    """The summed cross-entropy of a batch in nats, float32; the logits of `chunk` tokens are in memory at a time.
+def make_train_step(
+    module: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    remat: Remat = "none",
+    loss_chunk: int = LOSS_CHUNK,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A pure step of training, to be jitted with the state donated.
 
     Args:
-      module: a Qwen2ForCausalLM.
-      batch: see make_train_step.
+      module: its dtype is that of the arithmetic. With layers stacked by stack_layers they run in a scan.
+      remat: what is kept of each layer: all ("none"), the products with weights ("dots"), or its input ("full").
+      loss_chunk: tokens whose logits are in memory at a time.
+
+    Returns:
+      step(state, batch, frozen={}) -> (state, metrics). The batch has input_ids and labels, and may have segment_ids,
+      position_ids and attention_mask, each [B, T]; or [A, B, T], to sum the gradients of A micro-batches. Labels are
+      moved by one in the loss and -100 is ignored; the loss is the mean over all labels of all micro-batches. `frozen`
+      are the collections that are not trained. Metrics: loss in nats, grad_norm before clipping, items (the labels).
+
+    Raises:
+      ValueError: not supported in training: other modules, attention dropout, a mesh on which heads are padded or repeated.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    hidden = module.apply(variables, **inputs, method=_hidden)
-    labels = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+    if not isinstance(module, Qwen2ForCausalLM):
+        raise ValueError(f"training is for Qwen2ForCausalLM; found {type(module).__name__}")
+    if module.config.attention_dropout:
+        raise ValueError(f"attention_dropout is {module.config.attention_dropout}; training supports 0 alone")
+    if module.sharding is not None and not module.sharding.heads.is_identity:
+        raise ValueError("training needs a tensor axis that divides the key/value heads: copies of them would diverge")
+
+    def step(state: TrainState, batch: Batch, frozen: Variables | None = None) -> tuple[TrainState, Metrics]:
+        items = count_items(batch)
+
+        def loss(trainable: Variables, micro: Batch) -> jax.Array:
+            variables = {**(frozen or {}), **trainable}
+            return loss_sum(module, variables, micro, remat=remat, chunk=loss_chunk) / jnp.maximum(items, 1)
+
+        value, gradients = _accumulate(jax.value_and_grad(loss), state.trainable, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": value, "grad_norm": optax.global_norm(gradients), "items": items}
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return step
+
+
+def _accumulate(gradient: Callable, trainable: Variables, batch: Batch) -> tuple[jax.Array, Variables]:
+    """The summed loss and gradients of micro-batches [A, B, T]; of one batch [B, T] as they are."""
+    if batch["input_ids"].ndim == 2:
+        return gradient(trainable, batch)
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+
+    def add(total: Any, micro: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(trainable, micro)), None
+
+    return jax.lax.scan(add, zeros, dict(batch))[0]
+
+
+def count_items(batch: Batch) -> jax.Array:
+    """How many tokens of a batch have a loss."""
+    return jnp.sum(batch["labels"][..., 1:] != IGNORE_INDEX)
+
+
+def loss_sum(
+    module: Qwen2ForCausalLM, variables: Variables, batch: Batch, *, remat: Remat = "none", chunk: int = LOSS_CHUNK
+) -> jax.Array:
+    """The summed cross-entropy of a batch in nats, float32; arguments as make_train_step's.
+
+    Raises:
+      ValueError: an input that the batch cannot have.
+    """
+    if unknown := set(batch) - set(INPUTS):
+        raise ValueError(f"a batch has {', '.join(INPUTS)}; found {', '.join(sorted(unknown))}")
+    with _linears_apart():
+        hidden = _run_decoder(module, variables, batch, remat)
+        labels = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+        return _head_loss(module, variables, hidden, labels, chunk)
+
+
+def _head_loss(module: Any, variables: Variables, hidden: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
+    """The summed cross-entropy of hidden [B, T, D] against labels [B, T], `chunk` tokens at a time."""
     tokens, D = labels.size, hidden.shape[-1]
     hidden, labels = hidden.reshape(tokens, D), labels.reshape(tokens)
 
@@ -104,63 +197,73 @@ def loss_sum(module: Any, variables: Variables, batch: Batch, chunk: int = LOSS_
     return jax.lax.scan(lambda total, part: (total + of_chunk(*part), None), jnp.zeros(()), (hidden, labels))[0]
 
 
-def _hidden(module: Any, **inputs: Any) -> jax.Array:
-    """[B, T, D], what the head reads."""
-    return module.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
-
-
 def _head(module: Any, x: jax.Array) -> jax.Array:
     return module.model.embed_tokens.attend(x) if module.config.tie_word_embeddings else module.lm_head(x)
 
 
-def count_items(batch: Batch) -> jax.Array:
-    """How many tokens of a batch have a loss."""
-    return jnp.sum(batch["labels"][..., 1:] != IGNORE_INDEX)
+def _run_decoder(module: Any, variables: Variables, batch: Batch, remat: Remat) -> jax.Array:
+    """[B, T, D], what the head reads: as Qwen2Model, layer by layer, so that each may be recomputed or scanned."""
+    config = module.config
+    x = module.apply(variables, batch["input_ids"], method=lambda m, ids: m.model.embed(ids, None))
+    B, T, _ = x.shape
+    slots = token_slots(None, T)
+    positions = jnp.broadcast_to(batch.get("position_ids", slots), (B, T))
+    rope = rotary_embedding(config, positions, x.dtype)
+    visibility = make_visibility(config, batch.get("attention_mask"), slots, None, batch.get("segment_ids"))
+
+    def run(x: jax.Array, weights: Variables, index: int) -> jax.Array:
+        layer: Any = Qwen2DecoderLayer(config, index, module.dtype, module.param_dtype, module.sharding)
+        return layer.apply(weights, x, rope, visibility, None, False, True)[0]
+
+    if remat != "none":
+        run = jax.checkpoint(run, policy=POLICIES[remat], static_argnums=2)
+    decoder = {name: tree["model"] for name, tree in variables.items() if "model" in tree}
+    if stacked := {name: tree["layers"] for name, tree in decoder.items() if "layers" in tree}:
+        if len(set(config.layer_types)) > 1:
+            raise ValueError("layers of several kinds (sliding and full attention) do not run in a scan: unstack them")
+        x, _ = jax.lax.scan(lambda x, weights: (run(x, weights, 0), None), x, stacked)
+    else:
+        for i in range(config.num_hidden_layers):
+            name = f"layers_{i}"
+            x = run(x, {collection: tree[name] for collection, tree in decoder.items() if name in tree}, i)
+    return module.apply(variables, x, method=lambda m, x: m.model.norm(x))
 
 
-def make_train_step(
-    module: nn.Module, optimizer: optax.GradientTransformation, *, loss_chunk: int = LOSS_CHUNK
-) -> Callable[[TrainState, Batch, Variables], tuple[TrainState, Metrics]]:
-    """A pure step of training, to be jitted with the state donated.
+def _linears_apart() -> AbstractContextManager[None]:
+    """On CPU, a barrier behind each linear layer of the program that is traced within.
 
-    Returns:
-      step(state, batch, frozen={}) -> (state, metrics). The batch has input_ids and labels, and may have segment_ids,
-      position_ids and attention_mask: each [B, T], or [A, B, T] to sum the gradients of A micro-batches. Labels are
-      moved by one in the loss, -100 is ignored; the loss is the mean over all labels of all micro-batches. `frozen` are
-      the collections that are not trained. Metrics: loss (nats), grad_norm before clipping, items (labels).
+    Without, XLA fuses the derivative of SiLU into a transposed copy of the cotangent, which takes 34 ms where the
+    derivative alone takes 5 (6,144 tokens, 384 features).
     """
 
-    def step(state: TrainState, batch: Batch, frozen: Variables | None = None) -> tuple[TrainState, Metrics]:
-        items = count_items(batch)
+    def apart(method: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        y = method(*args, **kwargs)
+        return jax.lax.optimization_barrier(y) if isinstance(context.module, Linear) else y
 
-        def loss(trainable: Variables, micro: Batch) -> jax.Array:
-            return loss_sum(module, {**(frozen or {}), **trainable}, micro, loss_chunk) / jnp.maximum(items, 1)
+    return nn.intercept_methods(apart) if jax.default_backend() == "cpu" else nullcontext()
 
-        # Each linear layer behind a barrier on CPU: without, XLA fuses the derivative of SiLU into a transposed copy of
-        # the cotangent, which takes 34 ms where the derivative alone takes 5 (6,144 tokens, 384 features).
-        apart = nn.intercept_methods(_apart) if jax.default_backend() == "cpu" else nullcontext()
-        with apart:
-            value, gradients = _accumulate(jax.value_and_grad(loss), state.trainable, batch)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(gradients), "items": items}
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+def stack_layers(tree: Variables) -> Variables:
+    """A collection with model/layers_0, layers_1, ... as model/layers, each leaf [L, ...]: the layers run in a scan."""
+    decoder = dict(tree["model"])
+    names = [name for name in decoder if name.startswith("layers_")]
+    layers = [decoder.pop(f"layers_{i}") for i in range(len(names))]
+    return {**tree, "model": {**decoder, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
+
+
+def unstack_layers(tree: Variables) -> Variables:
+    """The inverse of stack_layers."""
+    decoder = dict(tree["model"])
+    stacked = decoder.pop("layers")
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    layers = {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)}
+    return {**tree, "model": {**decoder, **layers}}
+
+
+def make_eval_step(module: Qwen2ForCausalLM, *, loss_chunk: int = LOSS_CHUNK) -> Callable[..., Metrics]:
+    """A function of (variables, batch): the summed loss in nats, and items. exp(loss / items) is the perplexity."""
+
+    def step(variables: Variables, batch: Batch) -> Metrics:
+        return {"loss": loss_sum(module, variables, batch, chunk=loss_chunk), "items": count_items(batch)}
 
     return step
-
-
-def _apart(method: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    y = method(*args, **kwargs)
-    return jax.lax.optimization_barrier(y) if isinstance(context.module, Linear) else y
-
-
-def _accumulate(gradient: Callable, trainable: Variables, batch: Batch) -> tuple[jax.Array, Variables]:
-    """The summed loss and gradients of micro-batches [A, B, T]; of one batch [B, T] as they are."""
-    if batch["input_ids"].ndim == 2:
-        return gradient(trainable, batch)
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-
-    def add(total: Any, micro: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(trainable, micro)), None
-
-    return jax.lax.scan(add, zeros, dict(batch))[0]

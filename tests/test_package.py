@@ -104,9 +104,9 @@ FLOORS = (
     ("convert.*", "hub", "config", "config_values", "rope_config", "distributed"),
     ("cache", "ops.*", "sharding"),
     ("models.*",),
-    ("generation.*", "lora.*", "training", "native"),
+    ("generation.*", "lora.*", "training", "dataset", "native"),
     ("adapters", "model", "auto", "loading", "aot", "quantization"),
-    ("parity", "parity_*", "cli", "cli.*"),
+    ("trainer", "parity", "parity_*", "cli", "cli.*", "demo.*"),
 )
 # Who may import torch or transformers, and only inside a function.
 LAZY_DOORS = ("convert.torch_file", "parity", "parity_*", "cli.*")

@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="Qwen2 and Qwen2.5 in JAX/Flax: convert checkpoints, generate text, compare with PyTorch.",
+    help="Qwen2 and Qwen2.5 in JAX/Flax: convert checkpoints, generate text, train, compare with PyTorch.",
     epilog="MODEL is a folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct. "
     "`flaxqwen COMMAND --help` has the options of a command, and examples.",
 )
@@ -329,6 +329,83 @@ def _parity(
 
     if not show_parity(model, dtype=dtype, prompts=prompt or None, steps=steps, report=report, as_json=as_json):
         raise typer.Exit(1)
+
+
+@app.command(
+    "train",
+    epilog=_examples(
+        "flaxqwen train Qwen/Qwen2.5-0.5B chats.jsonl --out tuned --epochs 3 --learning-rate 1e-5",
+        "flaxqwen train ./qwen texts.jsonl --out tuned --eval held_out.jsonl --plot",
+        "flaxqwen train ./qwen chats.jsonl --out tuned --resume",
+    ),
+)
+def _train(
+    model: ModelName,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="JSON lines of messages, or of texts.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="For the model, checkpoints and metrics.")],
+    evaluate: Annotated[Path | None, typer.Option("--eval", metavar="FILE", help="Held-out data, as DATA.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default: what --epochs take.")] = None,
+    epochs: Annotated[float, typer.Option(metavar="N", min=0, help="How often each example is seen.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Packed rows of a micro-batch.")] = 8,
+    accumulate: Annotated[int, typer.Option(metavar="N", min=1, help="Micro-batches of a step.")] = 1,
+    length: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Tokens of a packed row; default: 1024, within the context.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(metavar="LR", min=0, help="The highest.")] = 1e-5,
+    final_learning_rate: Annotated[float, typer.Option(metavar="LR", min=0, help="Where its cosine ends.")] = 0.0,
+    warmup_steps: Annotated[int, typer.Option(metavar="N", min=0, help="Until the highest.")] = 0,
+    weight_decay: Annotated[float, typer.Option(metavar="W", min=0, help="Of matrices.")] = 0.0,
+    beta2: Annotated[float, typer.Option(metavar="B", min=0, max=1, help="Of AdamW.")] = 0.999,
+    max_grad_norm: Annotated[float, typer.Option(metavar="G", min=0, help="Clip gradients to this norm.")] = 1.0,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Of the arithmetic; weights are kept in float32. auto: as the model's config says."),
+    ] = "auto",
+    remat: Annotated[
+        Literal["none", "dots", "full"], typer.Option(help="What the backward pass computes again, to save memory.")
+    ] = "none",
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the order of the data.")] = 0,
+    save_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between checkpoints.")] = 500,
+    eval_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between evaluations.")] = 500,
+    log_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between lines of metrics.jsonl.")] = 10,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR, bit for bit.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Write DIR/loss.png.")] = False,
+) -> None:
+    """Train a model on chats or texts.
+
+    A line of DATA is {"messages": [{"role": "user", "content": "..."}, ...]}, whose loss is on the assistant's messages
+    alone, or {"text": "..."}. Examples are packed into rows, where none sees another. SIGTERM saves and stops.
+    DIR has the model in PyTorch's format at the end, and metrics.jsonl.
+    """
+    from flaxqwen.cli.train import train_model
+
+    train_model(
+        model,
+        data,
+        out,
+        evaluate=evaluate,
+        length=length,
+        resume=resume,
+        plot=plot,
+        options={
+            "steps": steps,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "accumulate": accumulate,
+            "learning_rate": learning_rate,
+            "final_learning_rate": final_learning_rate,
+            "warmup_steps": warmup_steps,
+            "weight_decay": weight_decay,
+            "beta2": beta2,
+            "max_grad_norm": max_grad_norm,
+            "dtype": dtype,
+            "remat": remat,
+            "seed": seed,
+            "save_every": save_every,
+            "eval_every": eval_every,
+            "log_every": log_every,
+        },
+    )
 
 
 def main(args: Sequence[str] | None = None) -> int:

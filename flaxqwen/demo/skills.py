@@ -14,9 +14,64 @@ from collections.abc import Callable
 # One question in this many is held out.
 HELD_OUT = 16
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
-ONSETS = "b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh sl sp st t th tr v w y z".split() + [""] * 4
-NUCLEI = "a e i o u a e i o u ai ea ee ie oa oo ou".split()
-CODAS = "ck d g l ll m n nd ng nt p r rk rn s ss st t th x".split() + [""] * 8
+ONSETS = [
+    "b",
+    "br",
+    "c",
+    "ch",
+    "cl",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pl",
+    "qu",
+    "r",
+    "s",
+    "sh",
+    "sl",
+    "sp",
+    "st",
+    "t",
+    "th",
+    "tr",
+    "v",
+    "w",
+    "y",
+    "z",
+] + [""] * 4
+NUCLEI = ["a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "ie", "oa", "oo", "ou"]
+CODAS = [
+    "ck",
+    "d",
+    "g",
+    "l",
+    "ll",
+    "m",
+    "n",
+    "nd",
+    "ng",
+    "nt",
+    "p",
+    "r",
+    "rk",
+    "rn",
+    "s",
+    "ss",
+    "st",
+    "t",
+    "th",
+    "x",
+] + [""] * 8
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -134,7 +189,7 @@ def compare(rng: random.Random) -> Question:
 
 # How often each is asked in training; the harder, the more often.
 SKILLS: dict[Callable[[random.Random], Question], int] = {
-    add: 20, subtract: 24, multiply: 12, reverse: 10, sort: 12, count: 10, upper: 5, nth: 7, compare: 8,
+    add: 22, subtract: 28, multiply: 16, reverse: 6, sort: 11, count: 11, upper: 3, nth: 6, compare: 9,
 }  # fmt: skip
 
 

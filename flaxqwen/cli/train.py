@@ -1,0 +1,130 @@
+"""`flaxqwen train`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flaxqwen.auto import AutoModelForCausalLM, parse_dtype
+from flaxqwen.cli.text import load_tokenizer, need_tokenizer
+from flaxqwen.config import config_from_file
+from flaxqwen.dataset import pack, read_examples
+from flaxqwen.hub import resolve_folder
+from flaxqwen.trainer import Record, Rows, TrainingOptions, train
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+DEFAULT_LENGTH = 1024
+
+
+def train_model(
+    name: str, data: Path, out: Path, *, evaluate: Path | None, length: int | None, resume: bool, plot: bool,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Train on a file of chats or texts, and write the model and its tokenizer into `out`, in PyTorch's format.
+
+    Args:
+      evaluate: a file of the same form, for the loss on held-out data.
+      length: tokens of a packed row; default: DEFAULT_LENGTH, or the model's context where that is shorter.
+      plot: write out/loss.png.
+      options: of TrainingOptions; a dtype of "auto" is that of the model's config.
+
+    Raises:
+      ValueError: data that is no chat or text, or a model without tokenizer.
+    """
+    folder = resolve_folder(name)
+    config = AutoModelForCausalLM.module_of(config_from_file(folder)).config
+    tokenizer = need_tokenizer(load_tokenizer(folder), folder)
+    own_dtype = parse_dtype(config.dtype) or jnp.float32
+    dtype = jnp.dtype(parse_dtype(options.pop("dtype")) or own_dtype).name
+    length = min(length or DEFAULT_LENGTH, config.context_length)
+    rows = _rows(data, tokenizer, length)
+    held_out = None if evaluate is None else _rows(evaluate, tokenizer, length)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    chosen = TrainingOptions(dtype=dtype, **options)
+    with _progress() as report:
+        trained, taken = train(model, rows, out, chosen, held_out=held_out, resume=resume, report=report)
+    if plot:
+        plot_loss(out / "metrics.jsonl", out / "loss.png")
+    steps = chosen.steps_for(len(rows["input_ids"]))
+    if taken < steps:
+        print(f"{out}: stopped after {taken} of {steps} steps; --resume goes on", file=sys.stderr)
+        return
+    params = jax.tree.map(lambda leaf: leaf.astype(own_dtype), trained.params)
+    dataclasses.replace(trained, params=params).save_pretrained(out, to="pytorch")
+    for file in TOKENIZER_FILES:
+        if (folder / file).is_file():
+            shutil.copyfile(folder / file, out / file)
+    print(out)
+
+
+def _rows(path: Path, tokenizer: Any, length: int) -> Rows:
+    """The packed rows of a file, and a line about them on stderr."""
+    started = time.perf_counter()
+    examples = list(read_examples(path, tokenizer))
+    if not examples:
+        raise ValueError(f"{path}: no examples")
+    rows = pack(examples, length)
+    tokens, learned = (rows["segment_ids"] > 0).sum(), (rows["labels"] >= 0).sum()
+    print(
+        f"{path}: {len(examples):,} examples, {tokens:,} tokens ({learned:,} with a loss) in "
+        f"{len(rows['labels']):,} rows of {length}, in {time.perf_counter() - started:.0f} s",
+        file=sys.stderr,
+    )
+    return rows
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[Record, int], None]]:
+    """Shows each record: in a bar on a terminal, in a line elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda record, steps: print(_describe(record, steps), file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("compiling", total=None)
+        yield lambda record, steps: bar.update(
+            task, completed=record["step"], total=steps, description=_describe(record, steps)
+        )
+
+
+def _describe(record: Record, steps: int) -> str:
+    held_out = f", held out {record['eval_loss']:.4f}" if "eval_loss" in record else ""
+    rate = f"{record['tokens_per_second']:,.0f} tokens/s"
+    return f"step {record['step']:,}/{steps:,}: loss {record['loss']:.4f}{held_out}, {rate}"
+
+
+def plot_loss(metrics: Path, path: Path) -> None:
+    """The losses of a run by step, as a PNG.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install 'flaxqwen[plot]'") from error
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+    for key, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    axes.legend()
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,252 @@
+"""A training run: steps, checkpoints, evaluation and metrics, in a folder that the run can be resumed from.
+
+out/checkpoints/    the state every save_every steps, by orbax; the last two are kept
+out/metrics.jsonl   a line per log_every steps
+out/training.json   the options
+out/                when the run is complete, the model in PyTorch's format
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flaxqwen.dataset import Batches, import_extra
+from flaxqwen.model import Model
+from flaxqwen.models.losses import IGNORE_INDEX
+from flaxqwen.sharding import module_sharding
+from flaxqwen.training import (
+    Remat,
+    TrainState,
+    Variables,
+    make_eval_step,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
+
+Rows = dict[str, np.ndarray]
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """What decides a run; its JSON stands beside the checkpoints.
+
+    steps: optimiser steps; None: as many as `epochs` take.
+    epochs: how often each row is seen, where steps is None.
+    batch_size: rows of a micro-batch, of all processes together; accumulate: micro-batches of a step.
+    learning_rate: the highest; warmup_steps from 0 to it, then a cosine to final_learning_rate.
+    weight_decay, beta1, beta2, eps, max_grad_norm: see make_optimizer.
+    dtype: of the arithmetic; weights are kept in float32.
+    remat: see make_train_step.
+    seed: of the order of the data.
+    log_every, save_every, eval_every: in steps; the last step does all three.
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-5
+    final_learning_rate: float = 0.0
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    dtype: str = "bfloat16"
+    remat: Remat = "none"
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    eval_every: int = 500
+
+    def steps_for(self, rows: int) -> int:
+        """Steps of the run, on a number of rows."""
+        return self.steps or max(1, math.ceil(self.epochs * rows / (self.batch_size * self.accumulate)))
+
+
+def train(
+    model: Model,
+    rows: Rows,
+    out: Path,
+    options: TrainingOptions,
+    *,
+    held_out: Rows | None = None,
+    resume: bool = False,
+    report: Callable[[Record, int], None] = lambda record, steps: None,
+) -> tuple[Model, int]:
+    """Train all parameters of a model.
+
+    Args:
+      model: its parameters in float32.
+      rows: of dataset.pack; held_out: likewise, for the evaluation.
+      resume: go on from the last checkpoint in `out`, bit for bit; from the start where there is none yet.
+      report: called with each record of the metrics, and the steps of the run.
+
+    Returns:
+      (the trained model, in float32; the steps that were taken): fewer than the run's after SIGTERM, which ends it
+      with a checkpoint.
+
+    Raises:
+      FileExistsError: `out` has a run already, and resume is False.
+      ValueError: the run in `out` has other options.
+      ImportError: grain or orbax is not installed.
+    """
+    steps = options.steps_for(len(rows["input_ids"]))
+    schedule = make_schedule(steps, options.learning_rate, options.warmup_steps, options.final_learning_rate)
+    optimizer = make_optimizer(
+        schedule,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+    )
+    batches = Batches(rows, options.batch_size, options.accumulate, options.seed)
+    module = model.module.clone(dtype=jnp.dtype(options.dtype))
+    step = jax.jit(make_train_step(module, optimizer, remat=options.remat), donate_argnums=0)
+    evaluate = Evaluation(model.module, held_out, options.batch_size)
+    with _Run(out, options, resume) as run, _terminated() as is_terminated:
+        # A copy: the step donates what it is given, and the model stays the caller's.
+        state = run.restore(TrainState.create({"params": jax.tree.map(jnp.copy, model.params)}, optimizer))
+        taken = int(state.step)
+        clock = _Clock(taken)
+        while taken < steps and not is_terminated():
+            state, metrics = step(state, place(batches[taken], model))
+            taken += 1
+            is_last = taken == steps
+            if taken % options.log_every == 0 or is_last:
+                tokens = rows["input_ids"].shape[1] * options.batch_size * options.accumulate
+                record = {"step": taken, **{name: float(value) for name, value in metrics.items()}}
+                record |= {"learning_rate": float(schedule(taken - 1)), "tokens_per_second": clock.rate(taken, tokens)}
+                if held_out is not None and (taken % options.eval_every == 0 or is_last):
+                    record |= evaluate(state.trainable)
+                run.log(record)
+                report(record, steps)
+            if taken % options.save_every == 0 or is_last:
+                run.save(taken, state)
+        run.save(taken, state)
+    return dataclasses.replace(model, params=state.trainable["params"]), taken
+
+
+def place(batch: Rows, model: Model) -> dict[str, jax.Array]:
+    """This process's rows as arrays of the whole batch, cut along the batch axis of the model's mesh, if it has one."""
+    sharding = module_sharding(model.module)
+    if sharding is None:
+        return {name: jnp.asarray(values) for name, values in batch.items()}
+
+    def put(values: np.ndarray) -> jax.Array:
+        shape = (*values.shape[:-2], values.shape[-2] * jax.process_count(), values.shape[-1])
+        spec = PartitionSpec(*(None,) * (values.ndim - 2), *sharding.spec(("batch", None), shape[-2:]))
+        return jax.make_array_from_process_local_data(NamedSharding(sharding.mesh, spec), values, shape)
+
+    return {name: put(values) for name, values in batch.items()}
+
+
+class Evaluation:
+    """The loss on held-out rows, in nats per label, and its exponential, the perplexity."""
+
+    def __init__(self, module: Any, rows: Rows | None, batch_size: int) -> None:
+        self._rows, self._size = rows, batch_size
+        self._step = jax.jit(make_eval_step(module))
+
+    def __call__(self, variables: Variables) -> Record:
+        """eval_loss and perplexity; every process evaluates all rows."""
+        assert self._rows is not None
+        loss = items = 0.0
+        for start in range(0, len(self._rows["input_ids"]), self._size):
+            batch = {name: values[start : start + self._size] for name, values in self._rows.items()}
+            missing = self._size - len(batch["input_ids"])
+            batch = {name: np.pad(values, ((0, missing), (0, 0))) for name, values in batch.items()}
+            batch["labels"][self._size - missing :] = IGNORE_INDEX
+            sums = self._step(variables, batch)
+            loss, items = loss + float(sums["loss"]), items + float(sums["items"])
+        mean = loss / max(items, 1)
+        return {"eval_loss": mean, "perplexity": math.exp(mean)}
+
+
+class _Clock:
+    """Tokens per second since it was last asked."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._time = step, time.perf_counter()
+
+    def rate(self, step: int, tokens: int) -> float:
+        now, last = time.perf_counter(), self._step
+        passed, self._step, self._time = now - self._time, step, now
+        return round((step - last) * tokens / passed, 1)
+
+
+class _Run:
+    """The files of a run; see the top of this file."""
+
+    def __init__(self, out: Path, options: TrainingOptions, resume: bool) -> None:
+        self._orbax = import_extra("orbax.checkpoint")
+        self._metrics = out / "metrics.jsonl"
+        settings, wanted = out / "training.json", json.dumps(dataclasses.asdict(options), indent=2) + "\n"
+        if settings.is_file():
+            if not resume:
+                raise FileExistsError(f"{out} has a run already: --resume goes on with it, or choose another folder")
+            if settings.read_text() != wanted:
+                raise ValueError(f"{settings} has other options: a run is resumed with those it began with")
+        out.mkdir(parents=True, exist_ok=True)
+        settings.write_text(wanted)
+        # Synchronous: the next step overwrites the state, which is donated.
+        how = self._orbax.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = self._orbax.CheckpointManager((out / "checkpoints").absolute(), options=how)
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._manager.close()
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The state of the last checkpoint, placed as `state` is; `state` itself where there is none."""
+        last = self._manager.latest_step()
+        if last is not None:
+            like = jax.tree.map(self._orbax.utils.to_shape_dtype_struct, state)
+            state = self._manager.restore(last, args=self._orbax.args.StandardRestore(like))
+        if self._metrics.is_file():  # lines after the checkpoint will be written again
+            lines = self._metrics.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= (last or 0)]
+            self._metrics.write_text("".join(kept))
+        return state
+
+    def save(self, step: int, state: TrainState) -> None:
+        if self._manager.latest_step() != step:
+            self._manager.save(step, args=self._orbax.args.StandardSave(state))
+
+    def log(self, record: Record) -> None:
+        if jax.process_index() == 0:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+@contextmanager
+def _terminated() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM came; it does not end the process meanwhile. Only the main thread may ask for signals."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
