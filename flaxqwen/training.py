@@ -122,7 +122,8 @@ def make_train_step(
       are the collections that are not trained. Metrics: loss in nats, grad_norm before clipping, items (the labels).
 
     Raises:
-      ValueError: not supported in training: other modules, attention dropout, a mesh on which heads are padded or repeated.
+      ValueError: not supported in training: other modules, attention dropout, a mesh on which heads are padded or
+        repeated.
     """
     if not isinstance(module, Qwen2ForCausalLM):
         raise ValueError(f"training is for Qwen2ForCausalLM; found {type(module).__name__}")
@@ -141,7 +142,7 @@ def make_train_step(
         value, gradients = _accumulate(jax.value_and_grad(loss), state.trainable, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(gradients), "items": items}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients), "items": items}
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step

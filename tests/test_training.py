@@ -65,8 +65,9 @@ def torch_losses(model: Any, batches: list[tuple[np.ndarray, np.ndarray]], sched
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_fifty_steps_as_in_pytorch(rng: np.random.Generator, tied: bool):
-    """The loss of each of 50 steps within 1e-4, with clipping, decay, warm-up and cosine; the gradients of the first."""
-    theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, int(rng.integers(1000)), tie_word_embeddings=tied)
+    """The loss of each of 50 steps within 1e-4, with clipping, decay, warm-up, cosine; the first gradients."""
+    seed = int(rng.integers(1000))
+    theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, seed, tie_word_embeddings=tied)
     batches = [(ids, labels_of(rng, ids)) for ids in (random_ids(rng, (ROWS, WIDTH)) for _ in range(STEPS))]
     schedule = make_schedule(STEPS, 1e-3, warmup_steps=5, final_learning_rate=1e-4)
     optimizer = make_optimizer(schedule, **SETTINGS)
