@@ -11,7 +11,16 @@ from numpy.typing import DTypeLike
 from flaxqwen.convert.checkpoint import Checkpoint
 from flaxqwen.convert.dtypes import is_weight_dtype, weight_dtype, weight_dtype_names
 from flaxqwen.convert.errors import CheckpointError
-from flaxqwen.convert.names import EMBEDDING, HEAD, Path, base_prefix, is_ignored, to_name, with_prefix
+from flaxqwen.convert.names import (
+    EMBEDDING,
+    HEAD,
+    Path,
+    base_prefix,
+    is_ignored,
+    to_name,
+    with_audio_prefix,
+    with_prefix,
+)
 from flaxqwen.convert.progress import Report
 from flaxqwen.convert.quantize import SCALE
 from flaxqwen.convert.tensors import CheckedTensor, Tensor, cast
@@ -81,7 +90,9 @@ def match(checkpoint: Checkpoint, expected: Mapping[Path, tuple[int, ...]]) -> d
     for name, tensor in checkpoint.tensors.items():
         renamed = with_prefix(name, found_prefix, wanted_prefix)
         if renamed not in wanted:
-            is_head = name in (HEAD, f"lm_head.{SCALE}")
+            renamed = with_audio_prefix(name, wanted)
+        if renamed not in wanted:
+            is_head = renamed in (HEAD, f"lm_head.{SCALE}")
             if not is_ignored(name) and (not is_head or _is_needed_head(checkpoint, wanted, wanted_prefix)):
                 problems.append(f"unexpected {name} {list(tensor.shape)}")
             continue

@@ -8,7 +8,7 @@ What the rule does not cover is data: base-model prefixes, buffers that old chec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -23,6 +23,15 @@ EMBEDDING = "embed_tokens.weight"
 # transformers/models/qwen2/modeling_qwen2.py; "transformer" is Qwen2ForQuestionAnswering's).
 BASE_MODULES = ("embed_tokens", "layers", "norm")
 BASE_PREFIXES = ("model.", "transformer.", "")
+
+# What Qwen2-Audio's modules are called on disk, and by Transformers 5 in memory ("qwen2_audio" in
+# transformers/conversion_mapping.py); it writes the former and reads both. The first that fits.
+AUDIO_PREFIXES = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("audio_tower.", "model.audio_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
 
 # Buffers that are computed from the config, which older versions of Transformers saved beside the weights.
 IGNORED = ("*.rotary_emb.inv_freq", "*.masked_bias")
@@ -89,6 +98,13 @@ def with_prefix(name: str, found: str | None, wanted: str | None) -> str:
         return name
     base = name.removeprefix(found)
     return wanted + base if base.split(".")[0] in BASE_MODULES else name
+
+
+def with_audio_prefix(name: str, wanted: Container[str]) -> str:
+    """A tensor's name as a Qwen2-Audio of the names `wanted` has it, whichever the layout on disk; others stay."""
+    newer = next((to + name.removeprefix(old) for old, to in AUDIO_PREFIXES if name.startswith(old)), name)
+    bare = newer.removeprefix("model.")
+    return next((found for found in (newer, bare) if found in wanted), name if newer != HEAD else HEAD)
 
 
 def to_linen(path: Path) -> tuple[Path, bool]:

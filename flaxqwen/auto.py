@@ -38,6 +38,7 @@ from flaxqwen.models.heads import (
     Qwen2ForTokenClassification,
 )
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
+from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration, Qwen2AudioModel
 from flaxqwen.native import is_native, restore_native
 from flaxqwen.quantization import quantization_of, quantize_params
 from flaxqwen.sharding import Sharding, module_sharding
@@ -210,7 +211,7 @@ class _AutoModel:
         kind = config.model_type
         if kind not in cls.modules:
             known = ", ".join(map(repr, cls.modules))
-            other = f": it is for {OTHER_CLASSES[kind]}, which is yet to come" if kind in OTHER_CLASSES else ""
+            other = f": it is for {OTHER_CLASSES[kind]}" if kind in OTHER_CLASSES else ""
             raise ValueError(f"{cls.__name__} does not load model_type {kind!r}{other}; it loads {known}")
         if mesh is None:
             return cls.modules[kind](config, param_dtype=param_dtype)
@@ -230,15 +231,21 @@ class _AutoModel:
 
 
 class AutoModel(_AutoModel):
-    """The decoder without a head."""
+    """The model without a head."""
 
-    modules: ClassVar = {"qwen2": Qwen2Model}
+    modules: ClassVar = {"qwen2": Qwen2Model, "qwen2_audio": Qwen2AudioModel}
 
 
 class AutoModelForCausalLM(_AutoModel):
     """With a language-model head."""
 
     modules: ClassVar = {"qwen2": Qwen2ForCausalLM}
+
+
+class AutoModelForSeq2SeqLM(_AutoModel):
+    """Qwen2-Audio with a language-model head, by the class under which Transformers loads it."""
+
+    modules: ClassVar = {"qwen2_audio": Qwen2AudioForConditionalGeneration}
 
 
 class AutoModelForSequenceClassification(_AutoModel):

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from flaxqwen.adapters import AdapterMethods, Adapters
 from flaxqwen.cache import KVCache, grow_cache
-from flaxqwen.config import PretrainedConfig
+from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig
 from flaxqwen.convert import save_params
 from flaxqwen.convert.quantize import SCALE
 from flaxqwen.distributed import is_main
@@ -32,7 +32,9 @@ from flaxqwen.generation.generate import generate, stream
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, bucket, check_token_ids
 from flaxqwen.generation.outputs import compute_transition_scores
 from flaxqwen.generation.streamers import Stream
+from flaxqwen.models.audio_inputs import check_audio_tokens
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
+from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration
 from flaxqwen.native import save_native
 from flaxqwen.sharding import module_sharding
 
@@ -138,6 +140,8 @@ class Model(AdapterMethods):
         return self._mixed(names, len(prompts), copies=1 if scale in (None, 1) else 2)
 
     def _causal_lm(self) -> CausalLM:
+        if isinstance(self.module, Qwen2AudioForConditionalGeneration):
+            raise TypeError("Qwen2AudioForConditionalGeneration does not generate yet: call it, or its module")
         if not self.can_generate():
             raise TypeError(f"{type(self.module).__name__} has no language-model head: load it by AutoModelForCausalLM")
         return cast(CausalLM, self)
@@ -311,7 +315,7 @@ def _to_array(name: str, value: Any) -> Any:
 
 
 def _check_tokens(arrays: dict[str, Any], config: Any) -> None:
-    """ValueError for tokens that are not [B, T] (embeddings: [B, T, D]), or are out of the vocabulary."""
+    """ValueError for tokens not [B, T] (embeddings: [B, T, D]), out of vocabulary, or not as many as audio takes."""
     for name, axes in (("input_ids", "[batch, tokens]"), ("inputs_embeds", "[batch, tokens, hidden_size]")):
         if name in arrays and (np.ndim(arrays[name]) != axes.count(",") + 1 or 0 in arrays[name].shape):
             raise ValueError(f"{name} has shape {arrays[name].shape}; expected {axes}, none of them 0")
@@ -320,8 +324,12 @@ def _check_tokens(arrays: dict[str, Any], config: Any) -> None:
         return
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"input_ids is {ids.dtype}; expected integers")
-    if not isinstance(ids, Tracer):
-        check_token_ids(ids, config)
+    if isinstance(ids, Tracer):
+        return
+    check_token_ids(ids, config.text_config if isinstance(config, Qwen2AudioConfig) else config)
+    frames = arrays.get("feature_attention_mask")
+    if "input_features" in arrays and frames is not None and ids.shape[1] > 1 and not isinstance(frames, Tracer):
+        check_audio_tokens(np.asarray(ids), np.asarray(frames), config.audio_token_index)
 
 
 def _fit(arrays: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from flaxqwen.config import PretrainedConfig
+from flaxqwen.config import PretrainedConfig, Qwen2Config
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.quantize import SCALE, Scheme, check_scheme, quantize_rows, scheme_for, scheme_of, to_config
 
@@ -22,13 +22,16 @@ def quantization_of(
     """How the weights will be quantized, from the config and from what is asked for; and a config that says so.
 
     Raises:
-      ValueError: another method, an unknown scheme, weights that are quantized already, or a mesh.
+      ValueError: another method, an unknown scheme, weights that are quantized already, a mesh, or a model other
+        than Qwen2.
     """
     try:
         stored = scheme_of(config.quantization_config)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}" if folder else str(error)) from None
     scheme = stored if wanted is None else check_scheme(wanted)
+    if scheme is not None and not isinstance(config, Qwen2Config):
+        raise ValueError(f"model_type {config.model_type!r} does not run quantized yet: leave out quantize")
     if scheme is not None and mesh is not None:
         raise ValueError("quantized weights do not lie on a mesh yet: leave out mesh, or quantize")
     if wanted is None:
