@@ -124,7 +124,7 @@ def test_chunks_share_programs_and_bound_memory(models: Any, rng: np.random.Gene
         request = Inputs(random_ids(rng, (1, tokens)), np.ones((1, tokens), bool))
         prompt = make_prompt(request, tokens, 512)
         shape = {"capacity": 512, "cache_dtype": np.dtype(np.float32)}
-        lowered = loop.fill.lower(ours.module, ours.params, prompt, None, **shape)
+        lowered = loop.fill.lower(ours.module, ours.variables, prompt, None, **shape)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(32) < temporaries(256) / 4
@@ -151,10 +151,10 @@ def test_the_int8_cache_is_updated_in_place(models: Any):
     shape = {"capacity": 4096, "cache_dtype": np.dtype(np.int8), "copies": 1}
     state, _ = jax.eval_shape(
         lambda params, prompt, choice: loop.prefill(ours.module, params, prompt, choice, None, **shape, **call),
-        ours.params, prompt, choice,
+        ours.variables, prompt, choice,
     )  # fmt: skip
     state = state.replace(cache=state.cache.replace(bound=512))
-    memory = loop.decode.lower(ours.module, ours.params, state, choice, steps=4, **call).compile().memory_analysis()
+    memory = loop.decode.lower(ours.module, ours.variables, state, choice, steps=4, **call).compile().memory_analysis()
     cache = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.cache.layers))
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < cache / 4

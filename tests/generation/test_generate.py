@@ -243,9 +243,17 @@ def test_the_cache_is_updated_in_place(tiny_models):
     choice = decoding.make_choice(request, options, 1, 331, decoding.Control(Stopping()))
     prompt = inputs.make_prompt(request, 32, 2048)
     state, _ = loop.prefill(
-        mine.module, mine.params, prompt, choice, None, capacity=2048, copies=1, cache_dtype=np.dtype("float32"), **keep
+        mine.module,
+        mine.variables,
+        prompt,
+        choice,
+        None,
+        capacity=2048,
+        copies=1,
+        cache_dtype=np.dtype("float32"),
+        **keep,
     )
-    program = loop.decode.lower(mine.module, mine.params, state, choice, steps=4, **keep).compile()
+    program = loop.decode.lower(mine.module, mine.variables, state, choice, steps=4, **keep).compile()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.layers))
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes

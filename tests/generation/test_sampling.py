@@ -82,7 +82,7 @@ def test_draws_follow_the_exact_distribution(options, models, record_property):
         p_value(counts.sum(axis=0), joint.sum(axis=0)),
         p_value(counts.reshape(-1), joint.reshape(-1)),
     ]
-    record_property("p_values", values)
+    record_property("p_values", list(map(float, values)))
     print("first, second, both: p =", ", ".join(f"{value:.3g}" for value in values))
     assert min(values) > 1e-4
 
