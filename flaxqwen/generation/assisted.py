@@ -9,7 +9,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from flaxqwen.cache import KVCache, repeat_cache
+from flaxqwen.config import Qwen2Config
 from flaxqwen.generation import loop, speculative
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig
 from flaxqwen.generation.decoding import Control, kept, make_choice, start
@@ -57,7 +58,34 @@ class Drafter:
         return (power * 3 // 4 if count + 1 <= power * 3 // 4 else power) - 1
 
 
+@dataclass(frozen=True)
+class EarlyExit:
+    """A model cut off after its first layers, with its own final norm and head: a draft that takes no memory.
+
+    Source: Elhoushi et al. 2024, LayerSkip; EarlyExitCandidateGenerator in transformers/generation.
+    """
+
+    model: CausalLM
+    layers: int
+
+    @property
+    def config(self) -> Qwen2Config:
+        """The model's, with fewer layers."""
+        config = self.model.config
+        return replace(config, num_hidden_layers=self.layers, layer_types=config.layer_types[: self.layers])
+
+    @property
+    def module(self) -> nn.Module:
+        """Of fewer layers; it does not look at the rest of the parameters."""
+        return self.model.module.clone(config=self.config)
+
+    params = property(lambda self: self.model.params)
+    variables = property(lambda self: self.model.variables)
+    generation_config = property(lambda self: self.model.generation_config)
+
+
 def make_drafter(
+    model: CausalLM,
     assistant: CausalLM | None,
     options: ResolvedConfig,
     keywords: Mapping[str, Any],
@@ -72,14 +100,22 @@ def make_drafter(
     Raises:
       ValueError: what Transformers refuses.
     """
-    lookup = options.prompt_lookup_num_tokens
+    if assistant is not None and not isinstance(getattr(assistant, "module", None), nn.Module):
+        raise ValueError(f"assistant_model must be a model of flaxqwen, found {type(assistant).__name__}")
+    lookup, name = options.prompt_lookup_num_tokens, "assistant_model"
+    if options.assistant_early_exit is not None:
+        if assistant is not None:
+            raise ValueError("assistant_model and assistant_early_exit both draft: give one of them")
+        layers = min(options.assistant_early_exit, model.config.num_hidden_layers)
+        assistant, name = EarlyExit(model, layers), "assistant_early_exit"
     if assistant is None and lookup is None:
         if options.assistant_ensemble_weight is not None:
             raise ValueError("assistant_ensemble_weight needs an assistant_model, whose drafts it weighs")
         return None
-    name = "prompt_lookup_num_tokens" if assistant is None else "assistant_model"
-    if assistant is not None and lookup is not None:
-        raise ValueError("assistant_model and prompt_lookup_num_tokens both draft: give one of them")
+    if assistant is None:
+        name = "prompt_lookup_num_tokens"
+    elif lookup is not None:
+        raise ValueError(f"{name} and prompt_lookup_num_tokens both draft: give one of them")
     if options.num_beams > 1:
         raise ValueError(f"{name} goes with greedy decoding and sampling only, found num_beams={options.num_beams}")
     if not options.use_cache:

@@ -20,22 +20,18 @@ from flaxqwen.config_values import FrozenMapping, assign, errors_of, freeze_fiel
 FILE_NAME = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # where nobody set a length
 
-# Options that are not built yet, and the values which leave them without effect; any other value is refused by name.
-# To support an option, delete its row.
-NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
-    "cache_implementation": (None, "dynamic", "static", "quantized", "sliding_window", "hybrid", "hybrid_chunked"),
-    "cache_config": (None,),
-    "max_cache_len": (None,),
-    "token_healing": (None, False),
-    "is_assistant": (None, False),
-    "assistant_early_exit": (None,),
-    "speculation_type": (None,),
-}
-
-# Options that will not be: the values which leave them without effect, and why.
+# Options that will not be: the values which leave them without effect, and why; any other value is refused by name.
 _HUB = "Transformers moved it out to code on the hub"
 _TORCH = "it is about torch.compile, and generation here is always compiled by XLA"
+_ON_DEVICE = (None, "dynamic", "static", "quantized", "sliding_window", "hybrid", "hybrid_chunked")
 NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "cache_implementation": (
+        _ON_DEVICE,
+        "the cache stays on the device: cache_dtype='int8' halves it, and a mesh divides it",
+    ),
+    "cache_config": ((None,), "a quantised cache has one form here, that of cache_dtype='int8'"),
+    "is_assistant": ((None, False), "Transformers sets it within assisted decoding: give an assistant_model"),
+    "speculation_type": ((None,), "it is about DFlash drafts, which no Qwen2 comes with: give an assistant_model"),
     "low_memory": ((None, False), _HUB),
     "penalty_alpha": ((None, 0.0), _HUB),
     "dola_layers": ((None,), _HUB),
@@ -70,6 +66,8 @@ RANGES: dict[str, Range] = {
     "top_k": (lambda x: x > 0, "a positive integer, or 0 for no limit"),
     "top_p": (lambda x: x >= 0, "a number from 0 to 1"),
     "min_p": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "max_cache_len": (lambda x: x > 0, "a positive number of tokens"),
+    "assistant_early_exit": (lambda x: x > 0, "a positive number of layers"),
     "prefill_chunk_size": (lambda x: x > 0, "a positive number of tokens"),
     "top_h": (lambda x: 0 < x <= 1, "a number above 0, up to 1"),
     "typical_p": (lambda x: x > 0, "a number above 0, up to 1"),
@@ -347,8 +345,6 @@ class ResolvedConfig(GenerationConfig):
         for name, (neutral, reason) in NOT_SUPPORTED.items():
             if getattr(self, name) not in neutral:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {reason}")
-        if active := [name for name, neutral in NOT_SUPPORTED_YET.items() if getattr(self, name) not in neutral]:
-            raise ValueError(f"not supported yet: {', '.join(f'{name}={getattr(self, name)!r}' for name in active)}")
         if self.prefill_chunk_size and (self.output_attentions or self.output_hidden_states):
             raise ValueError("prefill_chunk_size does not go with output_attentions or output_hidden_states")
 

@@ -157,7 +157,7 @@ def start(
     Args:
       prefill: loop.prefill, or that of another way of decoding; `choice` and `static` are what it takes.
       cache: is made to have room for `room` tokens more.
-      options: cache_dtype and prefill_chunk_size are read; None: their defaults.
+      options: cache_dtype, max_cache_len and prefill_chunk_size are read; None: their defaults.
       follow: lowers the program that comes next, for the first of what `prefill` gives; it is compiled meanwhile.
       copies: continuations per prompt.
     """
@@ -166,7 +166,8 @@ def start(
     begun = request.cached + chunks * chunk  # where the last part begins
     tokens = bucket(request.length - begun, SMALLEST_PROMPT)
     # The padding of a bucket is written too.
-    capacity = bucket(begun + tokens + room, SMALLEST_CACHE)
+    most = 0 if options is None else options.max_cache_len or 0
+    capacity = bucket(max(begun + tokens + room, most), SMALLEST_CACHE)
     if cache is not None:
         capacity = max(capacity, cache.capacity)
         cache = cache if cache.capacity == capacity else grow_cache(cache, capacity=capacity)

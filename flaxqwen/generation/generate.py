@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from flaxqwen.generation.config import GenerationConfig, ResolvedConfig, resolve
 from flaxqwen.generation.custom import own_arguments, run_custom
 from flaxqwen.generation.decoding import Control, run
 from flaxqwen.generation.grammar import make_grammar
+from flaxqwen.generation.healing import heal
 from flaxqwen.generation.host import AllowedTokens
 from flaxqwen.generation.inputs import (
     CausalLM,
@@ -93,7 +95,7 @@ def generate(
         run. It is donated: use the one in the result from then on.
       inputs_embeds: [B, P, D], the prompts as embeddings; without input_ids only new tokens are returned.
       streamer: gets the prompts, then the tokens of each step; not with beams.
-      tokenizer: of the model, for stop_strings, regex and json_schema.
+      tokenizer: of the model, for stop_strings, token_healing, regex and json_schema.
       custom_generate: a decoding loop of the user's; see custom.run_custom.
       regex, json_schema: what all new text must match, enforced in the compiled loop; see grammar.make_grammar. A text
         that max_new_tokens cuts off is the beginning of one that matches.
@@ -110,6 +112,8 @@ def generate(
         longer than the context, before anything compiles.
     """
     own = own_arguments(custom_generate, options)
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ValueError(f"streamer must have put() and end(), found {type(streamer).__name__}")
     call = prepare(
         model, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus,
         assistant_model, negative_prompt_ids=negative_prompt_ids,
@@ -247,14 +251,19 @@ def prepare(
     ids = None if ids is None else check_input_ids(ids, model.config)
     embeds = None if inputs_embeds is None else check_embeds(inputs_embeds, ids, model.config)
     shape = (ids if embeds is None else embeds).shape[:2]  # type: ignore[union-attr]
-    resolved = resolve(
+    settle = partial(
+        resolve,
         model.generation_config,
         generation_config,
         options,
-        input_length=shape[1],
         max_position_embeddings=model.config.max_position_embeddings,
         arguments=ARGUMENTS,
     )
+    resolved = settle(input_length=shape[1])
+    if resolved.token_healing:
+        ids, attention_mask = _healed(model, ids, embeds, attention_mask, resolved, tokenizer)
+        shape = ids.shape
+        resolved = settle(input_length=shape[1])
     if ids is None:
         ids, resolved = np.zeros((shape[0], 0), np.int32), _without_ids(resolved)
     mask = check_attention_mask(attention_mask, ids, resolved, shape)
@@ -276,8 +285,23 @@ def prepare(
     constraint = (regex, json_schema, tokenizer, len(ids), copies, vocab_size, resolved.eos_token_id)
     control = Control(stopping, processors, allowed, make_grammar(*constraint))
     _warn(resolved.max_length, model.config.max_position_embeddings, control)
-    drafter = make_drafter(assistant_model, resolved, options, request, control)
+    drafter = make_drafter(model, assistant_model, resolved, options, request, control)
     return Call(model, request, resolved, control, past_key_values, drafter)
+
+
+def _healed(
+    model: CausalLM, ids: Any, embeds: Any, mask: ArrayLike | None, options: ResolvedConfig, tokenizer: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts with their last tokens healed, by one more token of the model as its own config has it, and masks."""
+    if ids is None or embeds is not None:
+        raise ValueError("token_healing cannot go with inputs_embeds: give input_ids")
+    mask = check_attention_mask(mask, ids, options, ids.shape)
+
+    def regrow(prompt: np.ndarray, biases: dict) -> int:
+        found = generate(model, prompt, max_new_tokens=1, sequence_bias=biases, seed=options.seed, token_healing=False)
+        return int(found[0, -1])  # type: ignore[index]
+
+    return heal(ids, mask, tokenizer, options.pad_token_id or 0, regrow)
 
 
 def _without_ids(options: ResolvedConfig) -> ResolvedConfig:

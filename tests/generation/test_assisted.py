@@ -93,6 +93,18 @@ def test_lookup_is_theirs(ours, rng):
         np.testing.assert_array_equal(mine.generate(ids, attention_mask=np.ones_like(ids), **given), want)
 
 
+def test_early_exit_is_theirs(ours, rng):
+    """30 models that draft with their own first layer."""
+    for index in range(30):
+        theirs, mine, _, _ = random_models(ours, rng)
+        ids = random_ids(rng, (1, 9), VOCAB)
+        given = GREEDY | {"eos_token_id": EOS if index % 2 else None, "assistant_early_exit": 1}
+        drafts = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "constant"}
+        want = theirs.generate(th(ids), attention_mask=th(np.ones_like(ids)), **drafts, **given)
+        got = mine.generate(ids, attention_mask=np.ones_like(ids), **drafts, **given)
+        np.testing.assert_array_equal(got, want)
+
+
 def test_looked_up_drafts(rng):
     """Against a search by hand: the longest match of up to `ngram` newest tokens, and its first place."""
     for _ in range(30):
@@ -303,7 +315,10 @@ def test_what_cannot_be_drafted_is_plain_decoding(ours, rng):
         ({"prompt_lookup_num_tokens": 3}, "give one of them"),
         ({"assistant_model": None, "prompt_lookup_num_tokens": 0}, "must be greater than 0, found 0 and 2"),
         ({"assistant_model": None, "assistant_ensemble_weight": 0.5}, "needs an assistant_model"),
-        ({"assistant_early_exit": 2}, "assistant_early_exit=2"),
+        ({"assistant_early_exit": 2}, "assistant_model and assistant_early_exit both draft"),
+        ({"assistant_model": None, "assistant_early_exit": 0}, "assistant_early_exit must be a positive number of"),
+        ({"assistant_model": 3}, "assistant_model must be a model of flaxqwen, found int"),
+        ({"streamer": 3}, r"streamer must have put\(\) and end\(\), found int"),
         ({"assistant_tokenizer": "any"}, "assistant_tokenizer is not supported"),
     ],
 )

@@ -136,7 +136,7 @@ def test_what_does_not_go_together_is_refused(models: Any):
         ({"prefill_chunk_size": 0}, "prefill_chunk_size must be a positive number of tokens"),
         ({"prefill_chunk_size": 8, "output_attentions": True}, "does not go with output_attentions"),
         ({"cache_dtype": "int4"}, "cache_dtype must be 'int8'"),
-        ({"cache_implementation": "quantized", "cache_config": {"nbits": 4}}, "not supported yet: cache_config"),
+        ({"cache_implementation": "quantized", "cache_config": {"nbits": 4}}, "a quantised cache has one form here"),
     ):
         with pytest.raises(ValueError, match=message):
             ours.generate(np.ones((1, 4), int), return_dict_in_generate=True, **options)
@@ -158,3 +158,19 @@ def test_the_int8_cache_is_updated_in_place(models: Any):
     cache = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.cache.layers))
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < cache / 4
+
+
+def test_max_cache_len_makes_room_for_later_calls(models: Any, rng: np.random.Generator):
+    """Calls of other lengths within it use one cache shape, so one program: a later, longer one compiles nothing."""
+    _, ours = models
+    ids = random_ids(rng, (1, 20))
+    short = ours.generate(ids, max_new_tokens=4, max_cache_len=600, **GREEDY)
+    assert short.past_key_values.capacity >= 600
+    whole = ours.generate(ids, max_new_tokens=40, **GREEDY)
+    np.testing.assert_array_equal(short.sequences, whole.sequences[:, :24])
+    with counted_compilations() as compiled:
+        long = ours.generate(np.repeat(ids, 20, axis=1)[:, :30], max_new_tokens=460, max_cache_len=600, **GREEDY)
+    assert not compiled
+    assert long.past_key_values.capacity == short.past_key_values.capacity
+    with pytest.raises(ValueError, match="max_cache_len must be a positive number of tokens, found 0"):
+        ours.generate(ids, max_cache_len=0)

@@ -20,7 +20,6 @@ from flaxqwen.generation.config import (
     DEFAULTS,
     METADATA,
     NOT_SUPPORTED,
-    NOT_SUPPORTED_YET,
     OPTIONS,
     GenerationConfig,
     ResolvedConfig,
@@ -41,14 +40,13 @@ SUPPORTED = {
     "output_attentions", "output_hidden_states", "guidance_scale", "prompt_lookup_num_tokens",
     "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "assistant_ensemble_weight", "output_logprobs", "top_logprobs",
-    "prefill_chunk_size", "cache_dtype",
+    "prefill_chunk_size", "cache_dtype", "max_cache_len", "token_healing", "assistant_early_exit",
 }
 # They are about a draft model with another tokenizer, which is refused.
 INERT = {"assistant_lookbehind", "target_lookbehind"}
 ACTIVE_VALUES: dict[str, Any] = {
-    "cache_implementation": "offloaded", "cache_config": {"nbits": 4}, "max_cache_len": 64,
-    "token_healing": True, "is_assistant": True,
-    "assistant_early_exit": 1, "speculation_type": "dflash",
+    "cache_implementation": "offloaded", "cache_config": {"nbits": 4}, "is_assistant": True,
+    "speculation_type": "dflash",
     "low_memory": True, "penalty_alpha": 0.6, "dola_layers": "high", "diversity_penalty": 0.5, "num_beam_groups": 2,
     "constraints": ["a"], "force_words_ids": [[1]], "compile_config": {"mode": "default"},
     "disable_compile": True, "use_mtp": True,
@@ -182,10 +180,10 @@ def test_defaults_are_those_of_transformers(transformers: Any) -> None:
 
 
 def test_every_option_is_built_or_refused_or_inert() -> None:
-    groups = [SUPPORTED, INERT, set(NOT_SUPPORTED_YET), set(NOT_SUPPORTED)]
+    groups = [SUPPORTED, INERT, set(NOT_SUPPORTED)]
     assert set.union(*groups) == set(OPTIONS)
     assert sum(map(len, groups)) == len(OPTIONS)
-    assert set(ACTIVE_VALUES) == set(NOT_SUPPORTED_YET) | set(NOT_SUPPORTED)
+    assert set(ACTIVE_VALUES) == set(NOT_SUPPORTED)
 
 
 @pytest.mark.parametrize("name", ACTIVE_VALUES)
@@ -195,7 +193,7 @@ def test_unsupported_options_are_refused_by_name(name: str) -> None:
         with pytest.raises(ValueError, match=rf"\b{name}=") as error:
             ours(model, **keywords)
         assert "not supported" in str(error.value)
-    for value in NOT_SUPPORTED_YET.get(name) or NOT_SUPPORTED[name][0]:
+    for value in NOT_SUPPORTED[name][0]:
         ours(do_sample=True, **{name: value})
 
 
