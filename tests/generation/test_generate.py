@@ -282,7 +282,7 @@ BAD = [
     ({"inputs": [[1, 2]], "repetition_penalty": 2}, "repetition_penalty must be a float above 0"),
     ({"inputs": [[1, 2]], "cache_implementation": "paper"}, "cache_implementation must be one of"),
     ({"inputs": [[1, 2]], "penalty_alpha": 0.6}, "penalty_alpha=0.6 is not supported"),
-    ({"inputs": [[1, 2]], "token_healing": True}, "not supported yet: token_healing"),
+    ({"inputs": [[1, 2]], "token_healing": True}, "token_healing needs the model's tokenizer"),
     ({"inputs": [[1, 2]], "past_key_values": (((),),)}, "past_key_values must be a KVCache"),
 ]
 
