@@ -16,7 +16,7 @@ import pytest
 
 import flaxqwen
 from flaxqwen.cache import init_cache
-from flaxqwen.cli.app import describe, main
+from flaxqwen.cli.entry import describe, main
 from tests.cli.conftest import Run, assert_refused
 
 

@@ -280,7 +280,7 @@ def test_constrained_and_drafted(run: Run, random_model: Path, tmp_path: Path):
 
 COUNTED = """
 import sys
-from flaxqwen.cli.app import keep_compiled_programs, main
+from flaxqwen.cli.entry import keep_compiled_programs, main
 keep_compiled_programs()
 import jax
 events = []
