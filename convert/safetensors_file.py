@@ -13,8 +13,8 @@ from typing import Any
 
 from flaxqwen.convert.dtypes import SAFETENSORS, SAFETENSORS_NAME
 from flaxqwen.convert.errors import CheckpointError
-from flaxqwen.convert.staging import Writer
 from flaxqwen.convert.tensors import MappedFile, StoredTensor, Tensor
+from flaxqwen.convert.writer import Writer
 
 # As the format's own reader: a longer header is a broken length.
 MAX_HEADER = 100_000_000

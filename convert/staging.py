@@ -8,56 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from flaxqwen.convert.writer import Writer
+
 # A file that holds weights, or the index of its shards.
 WEIGHTS = re.compile(r"(flax_|pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin|msgpack)(\.index\.json)?")
 
 TEMPORARY = ".{}.flaxqwen"
 _TEMPORARY = re.compile(r"\..+\.flaxqwen")
-_WRITEBACK = 1 << 24  # bytes
-
-
-class Writer:
-    """A file being written. Errors name the file that it is to become."""
-
-    def __init__(self, path: Path, target: Path, report: Callable[[int], None]) -> None:
-        self.target = target
-        self._report = report
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
-        self._at = self._flushed = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Write all of the data."""
-        view = memoryview(data)
-        while view:
-            try:
-                count = os.write(self._fd, view)
-            except OSError as error:
-                raise self._error(error) from error
-            view = view[count:]
-            self._at += count
-            self._report(count)
-        if self._at - self._flushed >= _WRITEBACK:
-            self._start_writeback()
-
-    def close(self, sync: bool) -> None:
-        """Close the file; with `sync`, once its bytes are on the disk."""
-        try:
-            if sync:
-                os.fsync(self._fd)
-        except OSError as error:
-            raise self._error(error) from error
-        finally:
-            os.close(self._fd)
-
-    def _error(self, error: OSError) -> OSError:
-        return OSError(error.errno, f"{error.strerror} at byte {self._at}", str(self.target))
-
-    def _start_writeback(self) -> None:
-        # Linux answers this advice by sending the pages to the disk at once, without waiting: the fsync at the end then
-        # finds little to do (1 GB: 0.40 s instead of 0.60 s), and a large file does not fill the page cache.
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, self._flushed, self._at - self._flushed, os.POSIX_FADV_DONTNEED)
-        self._flushed = self._at
 
 
 class Staging:
@@ -89,7 +46,7 @@ class Staging:
             fill(writer)
             is_complete = True
         finally:
-            writer.close(sync=is_complete)
+            writer.close(is_complete)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a small file."""

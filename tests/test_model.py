@@ -378,19 +378,19 @@ def test_a_full_disk_leaves_the_folder_as_it_was(model: Model, tmp_path: Path, m
     folder = tmp_path / "kept"
     model.save_pretrained(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    write, room = os.write, 150_000
+    write, room = os.pwrite, 150_000
 
-    def full(fd: int, data: Any) -> int:
+    def full(fd: int, data: Any, offset: int) -> int:
         nonlocal room
-        if room <= 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         room -= len(data)
-        return write(fd, data)
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data, offset)
 
     changed = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf + 1, model.params))
     for target in (folder, tmp_path / "new"):
         room = 150_000
-        monkeypatch.setattr(os, "write", full)
+        monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(OSError, match="No space left on device"):
             changed.save_pretrained(target)
         monkeypatch.undo()
