@@ -296,6 +296,10 @@ class Qwen2Config(PretrainedConfig):
             )
         return length
 
+    def get_text_config(self) -> Qwen2Config:
+        """The config of the decoder: itself."""
+        return self
+
     @property
     def context_length(self) -> int:
         """The longest context, in tokens, that our attention is right for.
@@ -389,6 +393,10 @@ class Qwen2AudioConfig(PretrainedConfig):
                     assign(self, **{name: kind.from_dict(value or {})})
         super().__post_init__()
         check_at_least(0, self, "audio_token_index")
+
+    def get_text_config(self) -> Qwen2Config:
+        """The config of the decoder."""
+        return self.text_config
 
 
 _CONFIGS: dict[str, type[PretrainedConfig]] = {

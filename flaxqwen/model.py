@@ -140,10 +140,11 @@ class Model(AdapterMethods):
         return self._mixed(names, len(prompts), copies=1 if scale in (None, 1) else 2)
 
     def _causal_lm(self) -> CausalLM:
-        if isinstance(self.module, Qwen2AudioForConditionalGeneration):
-            raise TypeError("Qwen2AudioForConditionalGeneration does not generate yet: call it, or its module")
         if not self.can_generate():
-            raise TypeError(f"{type(self.module).__name__} has no language-model head: load it by AutoModelForCausalLM")
+            raise TypeError(
+                f"{type(self.module).__name__} has no language-model head: load it by AutoModelForCausalLM, "
+                "Qwen2-Audio by AutoModelForSeq2SeqLM"
+            )
         return cast(CausalLM, self)
 
     def save_pretrained(
@@ -229,7 +230,7 @@ class Model(AdapterMethods):
 
     def can_generate(self) -> bool:
         """Whether the model has a language-model head."""
-        return isinstance(self.module, Qwen2ForCausalLM)
+        return isinstance(self.module, Qwen2ForCausalLM | Qwen2AudioForConditionalGeneration)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many parameters there are (all are trainable); a tied head counts once, as in Transformers.

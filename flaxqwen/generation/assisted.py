@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from flaxqwen.cache import KVCache, repeat_cache
-from flaxqwen.config import Qwen2Config
+from flaxqwen.config import Qwen2AudioConfig, Qwen2Config
 from flaxqwen.generation import loop, speculative
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig
 from flaxqwen.generation.decoding import Control, kept, make_choice, start
@@ -69,10 +69,12 @@ class EarlyExit:
     layers: int
 
     @property
-    def config(self) -> Qwen2Config:
+    def config(self) -> Qwen2Config | Qwen2AudioConfig:
         """The model's, with fewer layers."""
         config = self.model.config
-        return replace(config, num_hidden_layers=self.layers, layer_types=config.layer_types[: self.layers])
+        text = config.get_text_config()
+        text = replace(text, num_hidden_layers=self.layers, layer_types=text.layer_types[: self.layers])
+        return replace(config, text_config=text) if isinstance(config, Qwen2AudioConfig) else text
 
     @property
     def module(self) -> nn.Module:
@@ -106,7 +108,7 @@ def make_drafter(
     if options.assistant_early_exit is not None:
         if assistant is not None:
             raise ValueError("assistant_model and assistant_early_exit both draft: give one of them")
-        layers = min(options.assistant_early_exit, model.config.num_hidden_layers)
+        layers = min(options.assistant_early_exit, model.config.get_text_config().num_hidden_layers)
         assistant, name = EarlyExit(model, layers), "assistant_early_exit"
     if assistant is None and lookup is None:
         if options.assistant_ensemble_weight is not None:
@@ -200,7 +202,7 @@ def run(
     if cache is not None and copies > 1:
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
         draft_request = request
-    choice = make_choice(request, options, copies, model.config.vocab_size, control)
+    choice = make_choice(request, options, copies, model.config.get_text_config().vocab_size, control)
     keep = {name: value for name, value in kept(options).items() if name != "keep_states"}
     room = options.max_new_tokens + (K + 1) * (1 + rounds * (1 + ahead))
     rows, first = start(loop.prefill, model, request, choice, cache, room, options, copies=copies, **keep)
@@ -274,8 +276,9 @@ def _fill(
 
 
 def _fill_draft(model: CausalLM, request: Inputs, room: int, copies: int) -> KVCache:
-    """The draft model's cache of the prompts; of embeddings it sees the ids."""
-    plain = Inputs(request.input_ids, request.attention_mask)
+    """The draft model's cache of the prompts; of embeddings it sees the ids, of audio too, but where it hears it."""
+    audio = request.audio if isinstance(model, EarlyExit) else None
+    plain = Inputs(request.input_ids, request.attention_mask, audio=audio)
     cache = start(_fill, model, plain, None, None, room, copies=copies)
     B = len(request.input_ids) * copies
     return cache.replace(length=np.full(B, request.length, np.int32))

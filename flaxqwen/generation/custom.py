@@ -53,11 +53,13 @@ def run_custom(
     """
     if request.guided is not None:
         raise ValueError("guidance_scale cannot go with custom_generate: it is part of the compiled loop")
+    if request.audio is not None:
+        raise ValueError("input_features cannot go with custom_generate: audio is placed by the compiled prefill")
     if control.grammar is not None:
         raise ValueError("regex and json_schema cannot go with custom_generate: they are part of the compiled loop")
     copies = options.num_return_sequences
     expanded = request.repeat(copies)
-    choice = make_choice(request, options, copies, model.config.vocab_size, control)
+    choice = make_choice(request, options, copies, model.config.get_text_config().vocab_size, control)
     arguments |= {
         "input_ids": expanded.input_ids,
         "attention_mask": expanded.attention_mask.astype(np.int32),

@@ -102,7 +102,7 @@ def run(
     copies = options.num_return_sequences
     if cache is not None and copies > 1:  # the rows must part before the shared prompt is run: the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
-    choice = make_choice(request, options, copies, model.config.vocab_size, control)
+    choice = make_choice(request, options, copies, model.config.get_text_config().vocab_size, control)
     keep = kept(options)
     ask = HostCriteria(stopping.host, request.repeat(copies).input_ids, options.max_new_tokens, options.output_scores)
     room, length = options.max_new_tokens + steps, request.length

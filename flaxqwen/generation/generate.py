@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from flaxqwen.cache import KVCache
 from flaxqwen.generation import assisted, loop
 from flaxqwen.generation.assisted import Drafter, make_drafter
+from flaxqwen.generation.audio import with_audio
 from flaxqwen.generation.callables import HostCall, check_scores, wrap
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig, resolve
 from flaxqwen.generation.custom import own_arguments, run_custom
@@ -46,7 +47,7 @@ ARGUMENTS = (
     "inputs", "input_ids", "attention_mask", "past_key_values", "generation_config", "logits_processor",
     "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer", "inputs_embeds",
     "custom_generate", "assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask",
-    "assistant_tokenizer", "regex", "json_schema",
+    "assistant_tokenizer", "regex", "json_schema", "input_features", "feature_attention_mask",
 )  # fmt: skip
 
 
@@ -67,6 +68,8 @@ def generate(
     attention_mask: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
     inputs_embeds: ArrayLike | None = None,
+    input_features: ArrayLike | None = None,
+    feature_attention_mask: ArrayLike | None = None,
     tokenizer: Any = None,
     custom_generate: Callable[..., Any] | None = None,
     regex: str | Sequence[str] | None = None,
@@ -94,6 +97,9 @@ def generate(
       past_key_values: the cache of an earlier generate() or forward over a beginning of input_ids; only the rest is
         run. It is donated: use the one in the result from then on.
       inputs_embeds: [B, P, D], the prompts as embeddings; without input_ids only new tokens are returned.
+      input_features, feature_attention_mask: [C, W, F] log-mel of all clips, of rows with any number of them, and
+        [C, F], which frames are audio. Prompts have an audio token for each vector of audio or, as older ones, for each
+        clip; they are returned as they are given. Clips that past_key_values has heard are not encoded again.
       streamer: gets the prompts, then the tokens of each step; not with beams.
       tokenizer: of the model, for stop_strings, token_healing, regex and json_schema.
       custom_generate: a decoding loop of the user's; see custom.run_custom.
@@ -119,7 +125,8 @@ def generate(
         assistant_model, negative_prompt_ids=negative_prompt_ids,
         negative_prompt_attention_mask=negative_prompt_attention_mask, input_ids=input_ids,
         attention_mask=attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
-        tokenizer=tokenizer, regex=regex, json_schema=json_schema, **options,
+        input_features=input_features, feature_attention_mask=feature_attention_mask, tokenizer=tokenizer,
+        regex=regex, json_schema=json_schema, **options,
     )  # fmt: skip
     if custom_generate is not None:
         return run_custom(
@@ -130,6 +137,8 @@ def generate(
     if resolved.num_beams > 1:
         check_beams(resolved, streamer is not None)
         beams = search(model, call.request, resolved, call.control, past_key_values)
+        new = beams.sequences[:, call.request.input_ids.shape[1] :]
+        beams = beams.replace(sequences=np.concatenate([prompts, new], axis=1))
         return beams if resolved.return_dict_in_generate else beams.sequences
     if streamer is not None:
         streamer.put(prompts)
@@ -198,12 +207,13 @@ class Call:
     options: ResolvedConfig
     control: Control
     cache: KVCache | None
+    given: np.ndarray  # [B, P], before older prompts with audio are expanded
     drafter: Drafter | None = None
 
     @property
     def prompts(self) -> np.ndarray:
-        """[B x num_return_sequences, P] int32."""
-        return self.request.repeat(self.options.num_return_sequences).input_ids
+        """[B x num_return_sequences, P] int32, as they are given."""
+        return np.repeat(self.given, self.options.num_return_sequences, axis=0)
 
     def run(self) -> Iterator[tuple[loop.StepOutput, KVCache]]:
         """See decoding.run, and assisted.run."""
@@ -235,6 +245,8 @@ def prepare(
     attention_mask: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
     inputs_embeds: ArrayLike | None = None,
+    input_features: ArrayLike | None = None,
+    feature_attention_mask: ArrayLike | None = None,
     tokenizer: Any = None,
     regex: Any = None,
     json_schema: Any = None,
@@ -245,18 +257,19 @@ def prepare(
         raise ValueError(
             "assistant_tokenizer is not supported: the assistant_model must have the model's own tokenizer"
         )
+    config = model.config.get_text_config()
     ids = _one_of(inputs, input_ids)
     if ids is None and inputs_embeds is None:
         ids = _bos_prompt(model, generation_config, options)
-    ids = None if ids is None else check_input_ids(ids, model.config)
-    embeds = None if inputs_embeds is None else check_embeds(inputs_embeds, ids, model.config)
+    ids = None if ids is None else check_input_ids(ids, config)
+    embeds = None if inputs_embeds is None else check_embeds(inputs_embeds, ids, config)
     shape = (ids if embeds is None else embeds).shape[:2]  # type: ignore[union-attr]
     settle = partial(
         resolve,
         model.generation_config,
         generation_config,
         options,
-        max_position_embeddings=model.config.max_position_embeddings,
+        max_position_embeddings=config.max_position_embeddings,
         arguments=ARGUMENTS,
     )
     resolved = settle(input_length=shape[1])
@@ -270,12 +283,13 @@ def prepare(
     if embeds is not None and past_key_values is not None:
         raise ValueError("inputs_embeds cannot go with past_key_values: the cache is matched by token ids")
     request = Inputs(ids, mask, cached_length(past_key_values, ids), embeds)
+    request, resolved = with_audio(model, request, resolved, input_features, feature_attention_mask)
     negative = (negative_prompt_ids, negative_prompt_attention_mask)
     if resolved.guidance_scale not in (None, 1.0):
-        request = with_negative(request, *negative, model.config)
+        request = with_negative(request, *negative, config)
     elif any(given is not None for given in negative):
         warnings.warn("negative_prompt_ids have no effect without a guidance_scale other than 1", stacklevel=3)
-    rows, vocab_size = len(ids) * resolved.num_return_sequences, model.config.vocab_size
+    rows, vocab_size = len(ids) * resolved.num_return_sequences, config.vocab_size
     processors = wrap("logits_processor", logits_processor, rows, vocab_size, check_scores)
     stopping, resolved = make_stopping(resolved, stopping_criteria, tokenizer, rows, vocab_size)
     if prefix_allowed_tokens_fn is not None and not callable(prefix_allowed_tokens_fn):
@@ -284,9 +298,9 @@ def prepare(
     copies = resolved.num_beams if resolved.num_beams > 1 else resolved.num_return_sequences
     constraint = (regex, json_schema, tokenizer, len(ids), copies, vocab_size, resolved.eos_token_id)
     control = Control(stopping, processors, allowed, make_grammar(*constraint))
-    _warn(resolved.max_length, model.config.max_position_embeddings, control)
+    _warn(resolved.max_length, config.max_position_embeddings, control)
     drafter = make_drafter(model, assistant_model, resolved, options, request, control)
-    return Call(model, request, resolved, control, past_key_values, drafter)
+    return Call(model, request, resolved, control, past_key_values, ids, drafter)
 
 
 def _healed(

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from flaxqwen.cache import KVCache, cut_cache
-from flaxqwen.config import Qwen2Config
+from flaxqwen.config import Qwen2AudioConfig, Qwen2Config
 from flaxqwen.generation import loop
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig
 
@@ -34,7 +34,7 @@ class CausalLM(Protocol):
     @property
     def variables(self) -> dict[str, Any]: ...
     @property
-    def config(self) -> Qwen2Config: ...
+    def config(self) -> Qwen2Config | Qwen2AudioConfig: ...
     @property
     def generation_config(self) -> GenerationConfig: ...
 
@@ -46,6 +46,7 @@ class Inputs:
     input_ids: [B, P] int32; [B, 0] where the prompts are embeddings alone.
     attention_mask: [B, P] bool. cached: how many columns the cache holds. embeds: [B, P, D] float32, or None.
     guided: [2B, P'] int32, the prompts and then the negative ones of guidance, or None; attention_mask is then of it.
+    audio: that of all columns, or None.
     """
 
     input_ids: np.ndarray
@@ -53,6 +54,7 @@ class Inputs:
     cached: int = 0
     embeds: np.ndarray | None = None
     guided: np.ndarray | None = None
+    audio: loop.Audio | None = None
 
     @property
     def length(self) -> int:
@@ -71,19 +73,22 @@ class Inputs:
 
     def repeat(self, copies: int) -> Inputs:
         """Each row `copies` times, next to itself."""
-        arrays = (self.input_ids, self.attention_mask, self.embeds, self.guided)
-        ids, mask, embeds, guided = jax.tree.map(lambda a: np.repeat(a, copies, axis=0), arrays)
-        return Inputs(ids, mask, self.cached, embeds, guided)
+        arrays = (self.input_ids, self.attention_mask, self.embeds, self.guided, self.audio and self.audio.index)
+        ids, mask, embeds, guided, index = jax.tree.map(lambda a: np.repeat(a, copies, axis=0), arrays)
+        return Inputs(ids, mask, self.cached, embeds, guided, self.audio and self.audio.replace(index=index))
 
     def guide(self, negative_ids: np.ndarray, negative_mask: np.ndarray) -> Inputs:
         """With negative prompts [B, Q] for guidance, both padded on the left to one length."""
         width = max(self.length, negative_ids.shape[1])
 
-        def stack(*parts: np.ndarray) -> np.ndarray:
-            return np.concatenate([np.pad(part, ((0, 0), (width - part.shape[1], 0))) for part in parts])
+        def stack(*parts: np.ndarray, value: int = 0) -> np.ndarray:
+            padded = [np.pad(part, ((0, 0), (width - part.shape[1], 0)), constant_values=value) for part in parts]
+            return np.concatenate(padded)
 
-        mask = stack(self.attention_mask, negative_mask)
-        return replace(self, attention_mask=mask, guided=stack(self.input_ids, negative_ids))
+        mask, audio = stack(self.attention_mask, negative_mask), self.audio
+        if audio is not None:  # the negative prompts have none
+            audio = audio.replace(index=stack(np.asarray(audio.index), np.full_like(negative_ids, -1), value=-1))
+        return replace(self, attention_mask=mask, guided=stack(self.input_ids, negative_ids), audio=audio)
 
 
 def bucket(n: int, smallest: int) -> int:
@@ -98,7 +103,7 @@ def make_prompt(request: Inputs, tokens: int, capacity: int, stop: int | None = 
 
     stop: the column to end before, where the rest is run later.
     """
-    ids, mask = request.input_ids, request.attention_mask
+    ids, mask, audio = request.input_ids, request.attention_mask, request.audio
     length = request.length if stop is None else stop
     positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
     new = slice(request.cached, length)
@@ -114,6 +119,7 @@ def make_prompt(request: Inputs, tokens: int, capacity: int, stop: int | None = 
         input_ids=fill(ids, capacity),
         cur_len=np.int32(ids.shape[1]),
         last=np.int32(length - request.cached - 1),
+        audio=audio and audio.replace(index=fill(np.asarray(audio.index)[:, new], tokens, -1)),
     )
 
 

@@ -78,6 +78,16 @@ class StepOutput(flax.struct.PyTreeNode):
     logprobs: LogProbs | None = None
 
 
+class Audio(flax.struct.PyTreeNode):
+    """Encoded audio, and where prompts have it.
+
+    vectors: [C, P, D], P for each clip. index: [B, T] int32, of each token's vector among all C * P; -1: text.
+    """
+
+    vectors: jax.Array
+    index: ArrayLike
+
+
 class Prompt(flax.struct.PyTreeNode):
     """The part of the prompts that the cache does not hold yet, padded on the right to a bucket.
 
@@ -85,6 +95,7 @@ class Prompt(flax.struct.PyTreeNode):
     slot_mask: [B, S] bool over cache slots, or None. With guidance these have 2B rows.
     input_ids: [B, W] int32, the whole sequences so far; cur_len: int32 scalar, their length.
     last: int32 scalar, index into tokens of the last real one.
+    audio: of tokens, or None.
     """
 
     tokens: ArrayLike
@@ -93,6 +104,7 @@ class Prompt(flax.struct.PyTreeNode):
     input_ids: ArrayLike
     cur_len: ArrayLike
     last: ArrayLike
+    audio: Audio | None = None
 
 
 @partial(
@@ -174,10 +186,14 @@ def run_prompt(
     """The state after the prompts, logits [B, V] of the first token, and states kept. Arguments as of `prefill`."""
     tokens = jnp.asarray(prompt.tokens)
     if cache is None:
-        cache = init_cache(module.config, tokens.shape[0], capacity, cache_dtype).replace(bound=tokens.shape[1])
+        config = module.config.get_text_config()
+        cache = init_cache(config, tokens.shape[0], capacity, cache_dtype).replace(bound=tokens.shape[1])
     # Rows are aligned, and stay so: one length for all keeps the writes plain slices.
     cache = cache.replace(length=jnp.max(cache.length))
     start = cache.length
+    if (audio := prompt.audio) is not None:
+        embeds: Any = module.apply(variables, tokens, jnp.asarray(audio.index), audio.vectors, method="embed")
+        tokens = embeds
     logits, cache, states = run_model(
         module,
         variables,

@@ -70,7 +70,7 @@ def search(
     begun, seconds = time.monotonic(), control.stopping.seconds
     steps, ahead = (1, 0) if control.stepwise else CHUNK.get(platform(model.params), DEFAULT_CHUNK)
     programs: Any = HostSteps(control.stopping.host, options.output_scores) if control.stepwise else beam
-    choice = make_beam_choice(request, options, control, model.config.vocab_size)
+    choice = make_beam_choice(request, options, control, model.config.get_text_config().vocab_size)
     copies = options.num_beams
     if cache is not None:  # the rows must part before the rest of the prompt is run: the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1

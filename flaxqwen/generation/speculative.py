@@ -123,7 +123,7 @@ def decode(
         if draft_module is None:
             drafts = look_up(state, choice, most)
         else:
-            V = module.config.vocab_size
+            V = module.config.get_text_config().vocab_size
             state, drafts = draft(draft_module, weights[1], state, choice, most, V)
         return verify(module, weights[0], state, choice, drafts, keep_scores, keep_logits)
 

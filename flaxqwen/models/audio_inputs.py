@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike
 
+from flaxqwen.config import Qwen2AudioEncoderConfig
 from flaxqwen.models.losses import IGNORE_INDEX
 
 
@@ -25,6 +27,33 @@ def tokens_of(feature_attention_mask: np.ndarray) -> np.ndarray:
     """How many audio tokens each clip of a mask [C, F] takes: [C] (_get_feat_extract_output_lengths)."""
     positions = (np.asarray(feature_attention_mask).astype(np.int64).sum(-1) - 1) // 2 + 1
     return (positions - 2) // 2 + 1
+
+
+def check_features(
+    input_features: ArrayLike, feature_attention_mask: ArrayLike, config: Qwen2AudioEncoderConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clips as [C, W, F] float32, and their mask as [C, F] int32.
+
+    Raises:
+      ValueError: another shape than the encoder takes; a mask of other numbers, or whose ones are not first; features
+        that are not finite.
+    """
+    features, frames = np.asarray(input_features, np.float32), np.asarray(feature_attention_mask)
+    bins, length = config.num_mel_bins, 2 * config.max_source_positions
+    if features.ndim != 3 or features.shape[1:] != (bins, length) or not len(features):
+        raise ValueError(
+            f"input_features has shape {features.shape}; expected [clips, {bins} mel bins, {length} frames], at least "
+            "one clip"
+        )
+    if frames.shape != (len(features), length):
+        raise ValueError(f"feature_attention_mask has shape {frames.shape}; expected {(len(features), length)}")
+    if not np.isin(frames, (0, 1)).all() or (np.diff(frames.astype(np.int32)) > 0).any():
+        raise ValueError(
+            "feature_attention_mask must be 1 at the frames of a clip, from the first on, and 0 after them"
+        )
+    if not np.isfinite(features).all():
+        raise ValueError("input_features has values that are not finite: look at the samples they were made of")
+    return features, frames.astype(np.int32)
 
 
 def check_audio_tokens(input_ids: np.ndarray, feature_attention_mask: np.ndarray, audio_token: int) -> None:

@@ -105,12 +105,7 @@ class Qwen2AudioModelOutputWithPast(ModelOutput, flax.struct.PyTreeNode):
     attention_mask: jax.Array | None = None
 
 
-class Qwen2AudioCausalLMOutputWithPast(ModelOutput, flax.struct.PyTreeNode):
+class Qwen2AudioCausalLMOutputWithPast(CausalLMOutputWithPast):
     """As CausalLMOutputWithPast, with the attention_mask that was used."""
 
-    loss: jax.Array | None = None
-    logits: jax.Array | None = None
-    past_key_values: KVCache | None = None
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
     attention_mask: jax.Array | None = None

@@ -324,8 +324,14 @@ def place_audio(is_audio: jax.Array, audio_features: jax.Array, tokens: jax.Arra
     ends = jnp.cumsum(tokens)
     place = jnp.cumsum(is_audio.reshape(-1)).reshape(is_audio.shape) - 1  # of each audio token among all of the batch
     clip = jnp.minimum(jnp.searchsorted(ends, place, side="right"), tokens.shape[0] - 1)
-    audio = audio_features[clip, place - (ends - tokens)[clip]]
-    return jnp.where(is_audio[..., None], audio.astype(embeds.dtype), embeds)
+    index = clip * audio_features.shape[1] + place - (ends - tokens)[clip]
+    return take_audio(jnp.where(is_audio, index, -1), audio_features, embeds)
+
+
+def take_audio(index: jax.Array, audio_features: jax.Array, embeds: jax.Array) -> jax.Array:
+    """embeds [B, T, D] with the vectors of audio_features [C, P, D] at their index [B, T] among all C * P; -1: none."""
+    audio = audio_features.reshape(-1, audio_features.shape[-1])[index]
+    return jnp.where(index[..., None] >= 0, audio.astype(embeds.dtype), embeds)
 
 
 class Qwen2AudioForConditionalGeneration(nn.Module):
@@ -386,3 +392,11 @@ class Qwen2AudioForConditionalGeneration(nn.Module):
             attention_mask=output.attention_mask,
         )
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def encode(self, input_features: jax.Array, feature_attention_mask: jax.Array) -> jax.Array:
+        """As Qwen2AudioModel.encode."""
+        return self.model.encode(input_features, feature_attention_mask)
+
+    def embed(self, input_ids: jax.Array, index: jax.Array, audio_features: jax.Array) -> jax.Array:
+        """[B, T, D]: the embeddings of input_ids [B, T], with encoded audio as take_audio places it."""
+        return take_audio(index, audio_features, self.model.language_model.embed(input_ids, None))
