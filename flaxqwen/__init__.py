@@ -31,7 +31,10 @@ _HOMES = {
     "Qwen2ForTokenClassification": "flaxqwen.models.heads",
     "Qwen2Model": "flaxqwen.models.qwen2",
     "init_cache": "flaxqwen.cache",
+    "load_audio": "flaxqwen.audio",
+    "log_mel": "flaxqwen.ops.mel",
     "make_mesh": "flaxqwen.sharding",
+    "process_audio": "flaxqwen.audio",
     # Handed on from Transformers as they are.
     "AutoFeatureExtractor": "transformers",
     "AutoProcessor": "transformers",

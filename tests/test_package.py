@@ -103,7 +103,7 @@ def test_real_tokenizers_without_torch(name: str, shared: Path, tmp_path: Path):
 FLOORS = (
     ("convert.*", "hub", "config", "config_values", "rope_config", "distributed"),
     ("cache", "ops.*", "sharding"),
-    ("models.*",),
+    ("models.*", "audio"),
     ("generation.*", "lora.*", "training", "dataset", "native"),
     ("adapters", "model", "auto", "loading", "aot", "quantization"),
     ("trainer", "parity", "parity_*", "cli", "cli.*", "demo.*"),

@@ -210,6 +210,9 @@ def test_bad_input(model, prompts):
     refused(r"shape \(6, 8, 100\); expected \[clips, 8 mel bins, 120 frames\]", input_features=broken[..., :100])
     refused("from the first on", feature_attention_mask=newer["feature_attention_mask"][:, ::-1])
     refused("cannot go with custom_generate", custom_generate=lambda *a, **k: None)
+    long = {"input_ids": np.array([[AUDIO, 7] * 20]), "attention_mask": None}
+    long |= {"input_features": np.zeros((20, 8, 120)), "feature_attention_mask": np.ones((20, 120), int)}
+    refused("the prompt has 620 tokens, the model's context is 512", **long)
     text = AutoModelForCausalLM.from_config(Qwen2Config.from_dict(tiny()))
     with pytest.raises(ValueError, match="input_features are for Qwen2-Audio; the model is Qwen2ForCausalLM"):
         text.generate(**newer)
