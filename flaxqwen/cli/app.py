@@ -57,6 +57,10 @@ Distributed = Annotated[
         "JAX_PROCESS_ID say, or the cluster.",
     ),
 ]
+AudioFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--audio", metavar="FILE", help="A wav, flac, ... that the prompt is about; may be given again."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 
 
@@ -139,6 +143,7 @@ def _convert(
         "cat question.txt | flaxqwen generate ./qwen - --chat --json",
         'flaxqwen generate ./qwen --ids "785 6722 315"',
         'flaxqwen generate ./qwen "Is water wet?" --chat --regex "Yes|No"',
+        'flaxqwen generate Qwen/Qwen2-Audio-7B-Instruct "What is said?" --audio speech.wav --chat',
     ),
 )
 def _generate(
@@ -172,6 +177,7 @@ def _generate(
         str | None, typer.Option(metavar="MODEL", help="A smaller model with the same tokenizer, to draft tokens.")
     ] = None,
     adapter: AdapterName = None,
+    audio: AudioFiles = None,
     dtype: Dtype = "auto",
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text when it is complete.")] = False,
     mesh: MeshSizes = None,
@@ -200,6 +206,7 @@ def _generate(
             json_schema=json_schema,
             assistant=assistant,
             adapter=adapter,
+            audio=audio,
             dtype=dtype,
             stream=sys.stdout.isatty() and not no_stream,
             as_json=as_json,

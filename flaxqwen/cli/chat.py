@@ -5,21 +5,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from flaxqwen.auto import AutoModelForCausalLM
+from flaxqwen.audio import load_audio
 from flaxqwen.cache import KVCache
+from flaxqwen.cli.common import language_model_class
 from flaxqwen.cli.generate import finish_reason, print_now
-from flaxqwen.cli.text import TextStream, chat_ids, decoder, load_tokenizer, need_tokenizer
+from flaxqwen.cli.text import (
+    TextStream,
+    audio_inputs,
+    chat_ids,
+    decoder,
+    load_processor,
+    load_tokenizer,
+    need_tokenizer,
+    user_message,
+)
+from flaxqwen.config import Qwen2AudioConfig, config_from_file
 from flaxqwen.hub import resolve_folder
 from flaxqwen.model import Model
 
 DEFAULT_NEW_TOKENS = 1024
 HELP = """\
 /clear         forget the conversation
+/audio FILE    a clip that the next message is about (Qwen2-Audio); may be given again
 /system TEXT   the system message from now on; without TEXT, the template's own
 /help          this
 /exit          leave, as Ctrl-D does
@@ -34,16 +47,26 @@ class Conversation:
     """The messages so far, and the KV cache of the tokens that the model has seen.
 
     messages: without the system's, which is `system`.
+    clips: the waveforms that the messages have. waiting: those of the next message.
     cached: the token ids that the cache holds.
     """
 
     def __init__(
-        self, model: Model, tokenizer: Any, system: str | None, max_new_tokens: int | None, options: dict[str, Any]
+        self,
+        model: Model,
+        tokenizer: Any,
+        system: str | None,
+        max_new_tokens: int | None,
+        options: dict[str, Any],
+        processor: Any = None,
     ) -> None:
         self.model, self.tokenizer, self.system, self.options = model, tokenizer, system, options
+        self.processor = processor
         self.limit = max_new_tokens or model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
-        self.context = model.module.config.context_length
-        self.messages: list[dict[str, str]] = []
+        self.context = model.module.config.get_text_config().context_length
+        self.messages: list[dict[str, Any]] = []
+        self.clips: list[np.ndarray] = []
+        self.waiting: list[np.ndarray] = []
         self.cached: list[int] = []
         self.cache: KVCache | None = None
 
@@ -57,9 +80,9 @@ class Conversation:
           Why it ended: "eos"; "length", at the limit; "context", which is full. A message that does not fit into the
           context is not added, and has no answer.
         """
-        asked = [*self.messages, {"role": "user", "content": message}]
-        first = [] if self.system is None else [{"role": "system", "content": self.system}]
-        tokens = chat_ids(self.tokenizer, first + asked)
+        asked = [*self.messages, user_message(message, len(self.waiting))]
+        inputs = self._inputs(asked, clips := self.clips + self.waiting)
+        tokens = inputs["input_ids"][0].tolist()
         room = self.context - len(tokens)
         if room < 1:
             return "context"
@@ -70,7 +93,7 @@ class Conversation:
         self.cache, self.cached = None, []
         try:
             output = self.model.generate(
-                np.asarray([tokens]),
+                **inputs,
                 past_key_values=cache,
                 streamer=stream,
                 return_dict_in_generate=True,
@@ -79,9 +102,23 @@ class Conversation:
             )
         finally:
             self.messages = [*asked, {"role": "assistant", "content": stream.text}]
+            self.clips, self.waiting = clips, []
         self.cache, self.cached = output.past_key_values, (tokens + stream.tokens)[:-1]
         reason = finish_reason(self.model.generation_config, stream.tokens)
         return "context" if reason == "length" and room <= self.limit else reason
+
+    def clear(self) -> None:
+        """Forget the messages, and the cache where it has heard audio: other clips have the same tokens."""
+        if self.clips:
+            self.cache, self.cached = None, []
+        self.messages, self.clips, self.waiting = [], [], []
+
+    def _inputs(self, messages: list[dict[str, Any]], clips: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """What generate() takes, of all messages."""
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        if self.processor is not None:
+            return audio_inputs(self.processor, first + messages, clips)
+        return {"input_ids": np.asarray([chat_ids(self.tokenizer, first + messages)])}
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -100,12 +137,15 @@ def chat(
 ) -> None:
     """Read messages from stdin and print the answers, until its end or /exit."""
     folder = resolve_folder(name)
+    config = config_from_file(folder)
+    processor = load_processor(folder) if isinstance(config, Qwen2AudioConfig) else None
     tokenizer = need_tokenizer(load_tokenizer(folder), folder)
-    chat_ids(tokenizer, [{"role": "user", "content": ""}])  # refuses one without a template, before weights are read
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if processor is None:
+        chat_ids(tokenizer, [user_message("")])  # refuses one without a template, before weights are read
+    model = language_model_class(config).from_pretrained(folder, dtype=dtype)
     if adapter is not None:
         model = model.load_adapter(adapter)
-    conversation = Conversation(model, tokenizer, system, max_new_tokens, options)
+    conversation = Conversation(model, tokenizer, system, max_new_tokens, options, processor)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):
@@ -132,11 +172,24 @@ def obey(line: str, conversation: Conversation) -> None:
     if command == "/exit":
         raise EOFError
     if command == "/clear":
-        conversation.messages = []
+        conversation.clear()
+    elif command == "/audio":
+        listen(text.strip(), conversation)
     elif command == "/system":
         conversation.system = text.strip() or None
     else:
         print(HELP if command == "/help" else f"unknown command {command}: /help lists them")
+
+
+def listen(path: str, conversation: Conversation) -> None:
+    """Put a file's audio before the next message; a line where that cannot be."""
+    if conversation.processor is None:
+        print("this model does not hear: /audio is for Qwen2-Audio")
+        return
+    try:
+        conversation.waiting.append(load_audio(Path(path).expanduser()))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}")
 
 
 def answer(message: str, conversation: Conversation) -> None:

@@ -1,6 +1,8 @@
-"""What several commands share: the module of a config, and sizes for people."""
+"""What several commands share: the class and module of a config, and sizes for people."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import flax.linen as nn
 
@@ -8,23 +10,30 @@ from flaxqwen.auto import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from flaxqwen.config import PretrainedConfig
+from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 AUTO_CLASSES = (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoModelForQuestionAnswering,
 )
 
 
+def language_model_class(config: PretrainedConfig) -> Any:
+    """The Auto class that loads a model with a language-model head."""
+    return AutoModelForSeq2SeqLM if isinstance(config, Qwen2AudioConfig) else AutoModelForCausalLM
+
+
 def module_of(config: PretrainedConfig) -> nn.Module:
-    """The module that the config's `architectures` names; the causal language model where it names none of ours.
+    """The module that the config's `architectures` names; the language model where it names none of ours.
 
     Raises:
       ValueError: a model_type that has no modules.
@@ -33,7 +42,7 @@ def module_of(config: PretrainedConfig) -> nn.Module:
         module = auto.modules.get(config.model_type)
         if module is not None and module.__name__ in (config.architectures or ()):
             return auto.module_of(config)
-    return AutoModelForCausalLM.module_of(config)
+    return language_model_class(config).module_of(config)
 
 
 def format_bytes(count: float) -> str:

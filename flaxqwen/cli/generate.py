@@ -12,18 +12,22 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxqwen.audio import load_audio
 from flaxqwen.auto import AutoModelForCausalLM
+from flaxqwen.cli.common import language_model_class
 from flaxqwen.cli.text import (
     TextStream,
+    audio_inputs,
     chat_ids,
     decoder,
+    load_processor,
     load_tokenizer,
     make_messages,
     need_tokenizer,
     parse_ids,
     read_prompt,
 )
-from flaxqwen.config import config_from_file
+from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig, config_from_file
 from flaxqwen.distributed import is_main
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.inputs import check_input_ids
@@ -48,6 +52,7 @@ def generate_text(
     json_schema: Path | None = None,
     assistant: str | None = None,
     adapter: str | None = None,
+    audio: list[Path] | None = None,
     dtype: str,
     stream: bool,
     as_json: bool,
@@ -61,30 +66,28 @@ def generate_text(
       chat, system: apply the chat template, with a system message.
       options: of sampling, for generate().
       regex, json_schema: what the text is to match; the schema in a file. assistant: a draft model.
-      adapter: a folder of peft's, or a hub id.
+      adapter: a folder of peft's, or a hub id. audio: files that the prompt is about, for Qwen2-Audio.
       mesh: sizes such as "tensor=4", of all devices. distributed: this is one of several processes, which all have the
         same arguments; the first one prints.
 
     Raises:
       ValueError: a prompt that is empty, out of the vocabulary, longer than the context, or given in several ways.
     """
-    check_sources(prompt, file, ids, chat, system)
+    check_sources(prompt, file, ids, chat, system, audio)
     folder = resolve_folder(name)
-    config = AutoModelForCausalLM.module_of(config_from_file(folder)).config
+    auto = language_model_class(whole := config_from_file(folder))
+    config = auto.module_of(whole).config.get_text_config()
     tokenizer = load_tokenizer(folder)
-    if ids is not None:
-        tokens = parse_ids(ids)
-    elif chat:
-        tokens = chat_ids(need_tokenizer(tokenizer, folder), make_messages(system, read_prompt(prompt, file)))
-    else:
-        tokens = need_tokenizer(tokenizer, folder)(read_prompt(prompt, file))["input_ids"]
-    inputs = check_input_ids(np.asarray([tokens]), config)  # before the weights are read
+    text = [] if ids is not None else [read_prompt(prompt, file)]
+    inputs = make_inputs(folder, whole, tokenizer, *text, chat=chat, system=system, audio=audio or [], ids=ids)
+    inputs["input_ids"] = check_input_ids(inputs["input_ids"], config)  # before the weights are read
+    tokens = inputs["input_ids"][0].tolist()
     if regex is not None or json_schema is not None:
         options = options | constraint(regex, json_schema) | {"tokenizer": need_tokenizer(tokenizer, folder)}
     with CompileClock() as clock:
         times = [clock.now()]
         devices = mesh_of(mesh) if mesh or distributed else None
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, mesh=devices)
+        model = auto.from_pretrained(folder, dtype=dtype, mesh=devices)
         if adapter is not None:
             model = model.load_adapter(adapter)
         if assistant is not None:
@@ -96,11 +99,11 @@ def generate_text(
         own = model.generation_config
         length = length_options(own, max_new_tokens, room=config.context_length - len(tokens))
         if (own.num_beams or 1) > 1:  # which tokens stand is known at the end only
-            for token in model.generate(inputs, **length, **options)[:, len(tokens) :].T:
+            for token in model.generate(**inputs, **length, **options)[:, len(tokens) :].T:
                 output.put(token)
             output.end()
         else:
-            model.generate(inputs, streamer=output, **length, **options)
+            model.generate(**inputs, streamer=output, **length, **options)
         times += [output.first_at, clock.now()]
     finish = finish_reason(own, output.tokens)
     if not is_main():
@@ -121,7 +124,44 @@ def generate_text(
         print(f"[stopped after {len(output.tokens)} tokens: --max-new-tokens N for more]", file=sys.stderr)
 
 
-def check_sources(prompt: str | None, file: Path | None, ids: str | None, chat: bool, system: str | None) -> None:
+def make_inputs(
+    folder: Path,
+    config: PretrainedConfig,
+    tokenizer: Any,
+    text: str = "",
+    *,
+    chat: bool,
+    system: str | None,
+    audio: list[Path],
+    ids: str | None,
+) -> dict[str, np.ndarray]:
+    """The prompt as what generate() takes: from ids, or from text, in the chat template or not, and files of audio.
+
+    Raises:
+      ValueError: audio for a model that has no ears, or what is missing in the folder; as load_audio, process_audio.
+    """
+    if ids is not None:
+        return {"input_ids": np.asarray([parse_ids(ids)])}
+    hears = isinstance(config, Qwen2AudioConfig)
+    if audio and not hears:
+        raise ValueError(f"--audio is for Qwen2-Audio; {folder} is of model_type {config.model_type!r}")
+    if audio or (chat and hears):
+        clips = [load_audio(path) for path in audio]
+        prompt = make_messages(system, text, len(clips)) if chat else text
+        return audio_inputs(load_processor(folder), prompt, clips)
+    tokenizer = need_tokenizer(tokenizer, folder)
+    tokens = chat_ids(tokenizer, make_messages(system, text)) if chat else tokenizer(text)["input_ids"]
+    return {"input_ids": np.asarray([tokens])}
+
+
+def check_sources(
+    prompt: str | None,
+    file: Path | None,
+    ids: str | None,
+    chat: bool,
+    system: str | None,
+    audio: list[Path] | None = None,
+) -> None:
     """ValueError for a prompt given in no way or in several, and for options that do not fit it."""
     given = [name for name, value in (("PROMPT", prompt), ("--file", file), ("--ids", ids)) if value is not None]
     if len(given) != 1:
@@ -129,6 +169,8 @@ def check_sources(prompt: str | None, file: Path | None, ids: str | None, chat: 
         raise ValueError(f"expected one prompt: PROMPT, - (for stdin), --file or --ids; found {found}")
     if chat and ids is not None:
         raise ValueError("--chat applies to text; --ids gives the tokens as they are")
+    if audio and ids is not None:
+        raise ValueError("--audio goes with a text; --ids gives the tokens as they are")
     if system is not None and not chat:
         raise ValueError("--system needs --chat")
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flaxqwen.audio import process_audio
+
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 REPLACEMENT = "\ufffd"
 
 
@@ -62,7 +65,7 @@ def parse_ids(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def chat_ids(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
     """Messages as the token ids that the model answers, by the tokenizer's chat template.
 
     Raises:
@@ -73,10 +76,47 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def make_messages(system: str | None, message: str) -> list[dict[str, str]]:
+def make_messages(system: str | None, message: str, clips: int = 0) -> list[dict[str, Any]]:
     """A conversation that begins with a user's message, after the system's if there is one."""
     first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": message}]
+    return [*first, user_message(message, clips)]
+
+
+def user_message(text: str, clips: int = 0) -> dict[str, Any]:
+    """A message of the user's, with so many clips of audio before its text."""
+    if not clips:
+        return {"role": "user", "content": text}
+    return {"role": "user", "content": [*[{"type": "audio"}] * clips, {"type": "text", "text": text}]}
+
+
+def load_processor(folder: Path) -> Any:
+    """Transformers' processor of a model's folder; ValueError where there is none.
+
+    It makes features and chats of audio, and texts of text as the tokenizer does.
+    """
+    need_tokenizer(load_tokenizer(folder), folder)
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise ValueError(f"{folder}: no processor ({' or '.join(PROCESSOR_FILES)}) for audio")
+    import transformers  # seconds, where torch is installed
+
+    return transformers.AutoProcessor.from_pretrained(folder)
+
+
+def audio_inputs(
+    processor: Any, prompt: str | list[dict[str, Any]], clips: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What generate() takes, of a prompt with clips: a chat's messages, or a text, where they come first.
+
+    A text that has audio tokens says itself where they are. Raises ValueError as process_audio.
+    """
+    if not isinstance(prompt, str):
+        text = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    elif processor.audio_token in prompt:
+        text = prompt
+    else:
+        one = f"{processor.audio_bos_token}{processor.audio_token}{processor.audio_eos_token}"
+        text = one * len(clips) + prompt
+    return process_audio(processor, text, clips)
 
 
 def decoder(tokenizer: Any) -> Callable[[list[int]], str]:

@@ -1,0 +1,146 @@
+"""`flaxqwen generate --audio`, and `/audio` in a chat, on a tiny Qwen2-Audio with the real tokenizer and features."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flaxqwen import AutoModelForSeq2SeqLM, GenerationConfig, Qwen2AudioConfig, load_audio, process_audio
+from flaxqwen.cli.chat import Conversation, obey
+from flaxqwen.cli.text import TextStream, decoder, load_processor
+from flaxqwen.generation import audio
+from tests.cli.conftest import Run, assert_refused
+
+soundfile = pytest.importorskip("soundfile", reason="reads audio: pip install 'flaxqwen[audio]'")
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random float32 weights in PyTorch's format; a context of 2,048 tokens."""
+    path = tmp_path_factory.mktemp("audio") / "model"
+    encoder = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 16}
+    text = {
+        "vocab_size": 151936, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048, "initializer_range": 0.3,
+    }  # fmt: skip
+    config = {"model_type": "qwen2_audio", "audio_config": encoder, "text_config": text, "dtype": "float32"}
+    model = AutoModelForSeq2SeqLM.from_config(Qwen2AudioConfig.from_dict(config))
+    model.save_pretrained(path, to="pytorch")
+    GenerationConfig(do_sample=False, eos_token_id=151645, pad_token_id=151643).save_pretrained(path)
+    for file in (shared / "data/tokenizer/qwen2-audio-minimal").iterdir():
+        shutil.copyfile(file, path / file.name)
+    shutil.copyfile(shared / "data/configs/Qwen2-Audio-7B/preprocessor_config.json", path / "preprocessor_config.json")
+    return path
+
+
+@pytest.fixture(scope="module")
+def speech(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """11 s of wav, and 33 s of flac with two equal channels."""
+    short = shared / "data/audio/jfk.wav"
+    samples, _ = soundfile.read(short)
+    long = tmp_path_factory.mktemp("speech") / "long.flac"
+    soundfile.write(long, np.stack([np.tile(samples, 3)] * 2, axis=1), 16000)
+    return short, long
+
+
+def theirs_of(folder: Path, text: str, waveforms: list[np.ndarray]) -> tuple[list[int], list[int]]:
+    """Prompt and greedy tokens by Transformers alone; clips are of 30 s at most."""
+    torch = pytest.importorskip("torch", reason="compares with PyTorch")
+    import transformers
+
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    inputs = processor(text=text, audio=waveforms, sampling_rate=16000, return_tensors="pt")
+    model = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(folder).eval()
+    with torch.no_grad():
+        tokens = model.generate(**inputs, max_new_tokens=NEW)[0].tolist()
+    length = inputs["input_ids"].shape[1]
+    return tokens[:length], tokens[length:]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_generate(run: Run, folder: Path, speech: tuple[Path, Path], chat: bool):
+    """The tokens of Transformers, given the same clips: the longer one as windows of 30 s and 3 s."""
+    arguments = [argument for path in speech for argument in ("--audio", path)]
+    options = ["--chat", "--system", "Hear."] if chat else []
+    result = run("generate", folder, "What is said?", *arguments, *options, "--max-new-tokens", NEW, "--json")
+    assert result.code == 0, result.err
+    short, long = map(load_audio, speech)
+    clips = "<|audio_bos|><|AUDIO|><|audio_eos|>", "<|audio_bos|><|AUDIO|><|AUDIO|><|audio_eos|>"
+    text = f"{clips[0]}{clips[1]}What is said?"
+    if chat:
+        text = (
+            "<|im_start|>system\nHear.<|im_end|>\n<|im_start|>user\n"
+            f"Audio 1: {clips[0]}\nAudio 2: {clips[1]}\nWhat is said?<|im_end|>\n<|im_start|>assistant\n"
+        )
+    prompt, new = theirs_of(folder, text, [short, long[:480000], long[480000:]])
+    found = json.loads(result.out)
+    assert found["prompt_tokens"] == prompt
+    assert found["new_tokens"] == new
+
+
+def test_refusals(run: Run, folder: Path, random_model: Path, speech: tuple[Path, Path], tmp_path: Path):
+    short, long = speech
+    assert_refused(run("generate", random_model, "What?", "--audio", short), "--audio is for Qwen2-Audio", "'qwen2'")
+    assert_refused(run("generate", folder, "--ids", "1 2", "--audio", short), "--audio goes with a text")
+    assert_refused(run("generate", folder, "What?", "--audio", tmp_path / "none.wav"), "none.wav", "no such audio file")
+    text = tmp_path / "text.wav"
+    text.write_text("What is said here?")
+    assert_refused(run("generate", folder, "What?", "--audio", text), "text.wav", "not audio that can be read")
+    three = ["--audio", long] * 3
+    assert_refused(run("generate", folder, "What?", *three), "tokens, the model's context is 2048: shorten it")
+    assert_refused(run("generate", folder, "<|AUDIO|> or <|AUDIO|>?", "--audio", short), "2 <|AUDIO|>", "1 clips")
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("preprocessor_config.json", "*.safetensors"))
+    assert_refused(run("generate", bare, "What?", "--audio", short), "no processor (preprocessor_config.json")
+
+
+def test_chat(folder: Path, speech: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    """Each turn runs the encoder over its own clips alone, and answers as without a cache; a cleared one hears anew."""
+    counts: list[int] = []
+    program = audio.encode_clips
+
+    def counting(module: Any, variables: Any, features: Any, frames: Any, count: Any) -> Any:
+        counts.append(int(count))
+        return program(module, variables, features, frames, count)
+
+    monkeypatch.setattr(audio, "encode_clips", counting)
+    model, processor = AutoModelForSeq2SeqLM.from_pretrained(folder), load_processor(folder)
+    conversation = Conversation(model, processor.tokenizer, None, NEW, {}, processor)
+
+    def asked(message: str) -> list[int]:
+        stream = TextStream(decoder(processor.tokenizer))
+        conversation.ask(message, stream)
+        return stream.tokens
+
+    def without_cache() -> list[int]:
+        text = processor.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True, tokenize=False)
+        inputs = process_audio(processor, text, conversation.clips)
+        new = model.generate(**inputs, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
+        return new.tolist()
+
+    heard = []
+    for paths, message in ((speech[:1], "What is said?"), ((), "Is it?"), (speech[1:], "And here?")):
+        for path in paths:
+            obey(f"/audio {path}", conversation)
+        counts.clear()
+        tokens = asked(message)
+        heard.append(sum(counts))
+        assert tokens == without_cache()
+    assert heard == [1, 0, 2]
+    obey("/clear", conversation)
+    conversation.waiting.append(load_audio(speech[0])[::-1])  # as many tokens as the first clip has
+    tokens = asked("What is said?")
+    assert tokens == without_cache()
+
+    obey("/audio none.wav", conversation)
+    assert capsys.readouterr().out == "error: none.wav: no such audio file\n"
+    assert not conversation.waiting
+    conversation.processor = None
+    obey(f"/audio {speech[0]}", conversation)
+    assert "this model does not hear" in capsys.readouterr().out
