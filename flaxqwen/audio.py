@@ -102,6 +102,23 @@ def process_audio(processor: Any, text: str | Sequence[str], audio: Sequence[Any
     return dict(processor(text=texts, audio=flat or None, **options))
 
 
+def audio_inputs(
+    processor: Any, prompt: str | list[dict[str, Any]], clips: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What generate() takes, of a prompt with clips: a chat's messages, or a text, where they come first.
+
+    A text that has audio tokens says itself where they are. Raises ValueError as process_audio.
+    """
+    if not isinstance(prompt, str):
+        text = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    elif processor.audio_token in prompt:
+        text = prompt
+    else:
+        one = f"{processor.audio_bos_token}{processor.audio_token}{processor.audio_eos_token}"
+        text = one * len(clips) + prompt
+    return process_audio(processor, text, clips)
+
+
 def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """[S] at `rate` Hz -> [S'] at 16 kHz."""
     if rate == SAMPLING_RATE or not len(samples):

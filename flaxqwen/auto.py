@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from flaxqwen.config import PretrainedConfig, Qwen2Config, config_from_file
+from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig, Qwen2Config, config_from_file
 from flaxqwen.convert import Checkpoint, Progress, has_own_head, load_params, open_checkpoint
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.names import to_name
@@ -264,6 +264,11 @@ class AutoModelForQuestionAnswering(_AutoModel):
     """With a head that finds the span of the answer."""
 
     modules: ClassVar = {"qwen2": Qwen2ForQuestionAnswering}
+
+
+def language_model_class(config: PretrainedConfig) -> type[_AutoModel]:
+    """The class that loads a model of this config with a language-model head."""
+    return AutoModelForSeq2SeqLM if isinstance(config, Qwen2AudioConfig) else AutoModelForCausalLM
 
 
 def adapter_base(folder: Path) -> str | None:

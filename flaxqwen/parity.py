@@ -1,6 +1,7 @@
 """Parity: one checkpoint run in PyTorch's Transformers and here, and compared number by number.
 
-Axes: B batch (prompts), T tokens, n new tokens, P valid positions of all prompts, D model, V vocabulary.
+Axes: B batch (prompts), T tokens, n new tokens, P valid positions of all prompts, D model, V vocabulary, C clips of all
+prompts, F mel frames.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from flaxqwen.auto import AutoModelForCausalLM
-from flaxqwen.config import Qwen2Config, config_from_file
+from flaxqwen.audio import audio_inputs, load_audio
+from flaxqwen.auto import language_model_class
+from flaxqwen.config import Qwen2AudioConfig, Qwen2Config, config_from_file
 from flaxqwen.convert import open_checkpoint, to_path
 from flaxqwen.convert.load import read_array
 from flaxqwen.convert.quantize import dequantized
@@ -27,7 +29,17 @@ from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.inputs import check_input_ids
 from flaxqwen.hub import resolve_folder
 from flaxqwen.model import Params
-from flaxqwen.parity_report import PRECISION, Comparison, Dtype, GreedyDifference, ModuleError, Prompt, Report
+from flaxqwen.models.qwen2_audio import audio_lengths
+from flaxqwen.parity_report import (
+    AUDIO_KINDS,
+    PRECISION,
+    Comparison,
+    Dtype,
+    GreedyDifference,
+    ModuleError,
+    Prompt,
+    Report,
+)
 
 PROMPTS = (
     """The tide pools along the northern coast are richest in early spring, when cold water carries nutrients up from
@@ -43,20 +55,37 @@ the deep and the long evenings leave the rocks wet. A patient visitor can count"
 )
 RANDOM_LENGTHS = (5, 19, 40, 64)  # of the prompts without a tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+LOADED_BY = {"qwen2": "Qwen2ForCausalLM", "qwen2_audio": "Qwen2AudioForConditionalGeneration"}
+# Of the last part of a module's name; that of a whole layer is its number.
+KIND_OF = {
+    "embed_tokens": "embedding", "self_attn": "attention", "mlp": "mlp", "norm": "final norm",
+    "layer_norm": "audio norm", "multi_modal_projector": "projector",
+}  # fmt: skip
 KL_ROWS = 32  # positions at a time: at a vocabulary of 152,000 a row is 1.2 MB in float64
+
+
+AUDIO_PROMPTS = ("What is said?", "Describe all that can be heard, and in which order.")  # each with all clips
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts in one batch, padded on the left: ids, mask and positions are [B, T] int32."""
+    """Prompts in one batch, padded on the left: ids, mask and positions are [B, T] int32.
+
+    audio: input_features and feature_attention_mask, where the prompts have clips.
+    """
 
     ids: np.ndarray
     mask: np.ndarray
     positions: np.ndarray
+    audio: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def valid(self, values: Any) -> np.ndarray:
-        """values [B, T, ...] at the P positions that are not padding, [P, ...] float32."""
-        return np.asarray(values, np.float32)[self.mask.astype(bool)]
+    def valid(self, values: Any, kind: str = "") -> np.ndarray:
+        """values [B, T, ...] at the P positions that are not padding, [P, ...] float32; of audio [C, ...] likewise."""
+        is_valid = self.mask.astype(bool)
+        if kind in AUDIO_KINDS:
+            lengths = audio_lengths(self.audio["feature_attention_mask"].sum(-1))[kind != "audio layer"]
+            is_valid = np.arange(values.shape[1]) < lengths[:, None]
+        return np.asarray(values, np.float32)[is_valid]
 
 
 @dataclass(frozen=True)
@@ -78,6 +107,7 @@ def compare(
     *,
     dtype: Dtype = "float32",
     prompts: Sequence[str | Sequence[int]] | None = None,
+    audio: Sequence[str | os.PathLike[str]] = (),
     steps: int = 32,
 ) -> Report:
     """Load a checkpoint in PyTorch's Transformers and here, and compare them.
@@ -86,6 +116,7 @@ def compare(
       model: a folder in PyTorch's or Flax's format, or a hub id.
       dtype: "float32" or "bfloat16", of weights and arithmetic here; the reference is PyTorch float32.
       prompts: texts or token ids. Default: four texts where there is a tokenizer, and else random ids.
+      audio: files, all of which each prompt is about; for Qwen2-Audio, which needs one at least.
       steps: greedy tokens per prompt, without end-of-sequence token and without repetition penalty.
 
     Raises:
@@ -99,8 +130,13 @@ def compare(
     if steps < 1:
         raise ValueError(f"steps={steps}; expected at least 1 greedy token")
     folder = resolve_folder(model)
-    chosen = make_prompts(folder, prompts, steps)
-    batch = make_batch(chosen)
+    if isinstance(config_from_file(folder), Qwen2AudioConfig):
+        chosen, features = make_audio_prompts(folder, prompts, audio)
+    elif audio:
+        raise ValueError(f"{folder}: audio is for Qwen2-Audio")
+    else:
+        chosen, features = make_prompts(folder, prompts, steps), {}
+    batch = dataclasses.replace(make_batch(chosen), audio=features)
     # Ours first, whose errors about bad files are one clear line. One model is in memory at a time.
     trace = trace_flax(folder, dtype, batch, steps)
     reference = trace_torch(folder, "float32", batch, steps)
@@ -134,6 +170,30 @@ def make_prompts(folder: Path, prompts: Sequence[str | Sequence[int]] | None, st
     return tuple(chosen)
 
 
+def make_audio_prompts(
+    folder: Path, prompts: Sequence[str | Sequence[int]] | None, audio: Sequence[str | os.PathLike[str]]
+) -> tuple[tuple[Prompt, ...], dict[str, np.ndarray]]:
+    """The caller's texts or the built-in ones, with all clips before each; and the clips' features, for each prompt.
+
+    Raises:
+      ValueError: no audio, or prompts that are no texts; as load_audio and process_audio.
+    """
+    import transformers
+
+    if not audio:
+        raise ValueError(f"{folder}: parity of Qwen2-Audio needs audio: --audio FILE")
+    texts = [text for text in prompts or AUDIO_PROMPTS if isinstance(text, str)]
+    if prompts is not None and len(texts) < max(len(prompts), 1):
+        raise ValueError(f"prompts={prompts!r}; expected a list of texts")
+    processor, clips = transformers.AutoProcessor.from_pretrained(folder), [load_audio(path) for path in audio]
+    inputs = [audio_inputs(processor, text, clips) for text in texts]
+    config: Any = config_from_file(folder)
+    ids = [check_input_ids(made["input_ids"], config.get_text_config())[0].tolist() for made in inputs]
+    names = ("input_features", "feature_attention_mask")
+    features = {name: np.concatenate([made[name] for made in inputs]) for name in names}
+    return tuple(map(Prompt, map(tuple, ids), texts)), features
+
+
 def make_batch(prompts: Sequence[Prompt]) -> Batch:
     """All prompts in one batch, so that masks are compared too and one program is compiled."""
     width = max(len(prompt.ids) for prompt in prompts)
@@ -144,14 +204,25 @@ def make_batch(prompts: Sequence[Prompt]) -> Batch:
     return Batch(ids, mask, np.where(mask, np.cumsum(mask, axis=1) - 1, 0).astype(np.int32))
 
 
-def module_names(layers: int) -> dict[str, tuple[str, int | None]]:
-    """The modules whose outputs are compared, in the order of execution: name -> (kind, layer)."""
-    names: dict[str, tuple[str, int | None]] = {"model.embed_tokens": ("embedding", None)}
-    for i in range(layers):
-        names[f"model.layers.{i}.self_attn"] = ("attention", i)
-        names[f"model.layers.{i}.mlp"] = ("mlp", i)
-        names[f"model.layers.{i}"] = ("residual", i)
-    return names | {"model.norm": ("final norm", None)}
+def module_names(config: Any) -> list[str]:
+    """The modules whose outputs are compared."""
+    names, decoder = [], "model"
+    if isinstance(config, Qwen2AudioConfig):
+        decoder = "model.language_model"
+        names = [f"model.audio_tower.layers.{i}" for i in range(config.audio_config.encoder_layers)]
+        names += ["model.audio_tower.layer_norm", "model.multi_modal_projector"]
+    names += [f"{decoder}.embed_tokens", f"{decoder}.norm"]
+    for i in range(config.get_text_config().num_hidden_layers):
+        names += [f"{decoder}.layers.{i}{part}" for part in (".self_attn", ".mlp", "")]
+    return names
+
+
+def kind_of(name: str) -> tuple[str, int | None]:
+    """The kind of a module, and its layer."""
+    *_, owner, last = name.split(".")
+    if last.isdecimal():
+        return ("audio layer" if "audio_tower" in name else "residual"), int(last)
+    return KIND_OF[last], int(owner) if owner.isdecimal() else None
 
 
 def trace_torch(folder: Path, dtype: Dtype, batch: Batch, steps: int) -> Trace:
@@ -161,16 +232,17 @@ def trace_torch(folder: Path, dtype: Dtype, batch: Batch, steps: int) -> Trace:
     modules: dict[str, np.ndarray] = {}
     hooks = [
         model.get_submodule(name).register_forward_hook(_keep_output(modules, name, batch))
-        for name in module_names(model.config.num_hidden_layers)
+        for name in module_names(config_from_file(folder))
     ]
     ids, mask, positions = (torch.from_numpy(a).long() for a in (batch.ids, batch.mask, batch.positions))
+    audio = {name: torch.from_numpy(a) for name, a in batch.audio.items()}
     with torch.inference_mode():
-        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **audio).logits
         logits = batch.valid(logits.float().numpy())
         for hook in hooks:
             hook.remove()
         model.generation_config = _greedy_config(steps)
-        new = model.generate(ids, attention_mask=mask)
+        new = model.generate(ids, attention_mask=mask, **audio)
     best = torch.stack(new.logits, dim=1).float().topk(2).values  # [B, n, 2]
     margins = (best[..., 0] - best[..., 1]).numpy()
     return Trace(modules, logits, new.sequences[:, ids.shape[1] :].numpy(), margins)
@@ -183,48 +255,45 @@ def load_torch(folder: Path, dtype: Dtype) -> Any:
     torch = _import_torch()
     # Transformers' own generate cannot run where a config says return_dict=False.
     config = transformers.AutoConfig.from_pretrained(folder, return_dict=True)
+    kind = getattr(transformers, LOADED_BY[config.model_type])
     config.__dict__.pop("quantization_config", None)  # ours; weights of other methods are refused before
     options = {"config": config, "dtype": getattr(torch, dtype), "attn_implementation": "eager"}
     with open_checkpoint(folder) as checkpoint:
         if checkpoint.format == "pytorch":
-            return transformers.Qwen2ForCausalLM.from_pretrained(folder, **options)
+            return kind.from_pretrained(folder, **options)
         tensors = dequantized(checkpoint.tensors)
         state = {
             name: torch.from_numpy(read_array(name, tensor).astype(np.float32)) for name, tensor in tensors.items()
         }
-    return transformers.Qwen2ForCausalLM.from_pretrained(None, state_dict=state, **options)
+    return kind.from_pretrained(None, state_dict=state, **options)
 
 
 def trace_flax(folder: Path, dtype: Dtype, batch: Batch, steps: int) -> Trace:
     """Run our model; the outputs of its modules come by Flax's capture_intermediates."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = language_model_class(config_from_file(folder)).from_pretrained(folder, dtype=dtype)
     with jax.default_matmul_precision(PRECISION):
-        modules, logits = _forward(model.module, model.variables, batch.ids, batch.mask, batch.positions)
-        modules = {name: batch.valid(array) for name, array in modules.items()}
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions} | batch.audio
+        modules, logits = _forward(model.module, model.variables, inputs)
+        modules = {name: batch.valid(array, kind_of(name)[0]) for name, array in modules.items()}
         logits = batch.valid(logits)
         plain = dataclasses.replace(model, generation_config=GenerationConfig())
         tokens = plain.generate(
-            batch.ids, attention_mask=batch.mask, do_sample=False, max_new_tokens=steps, eos_token_id=None
+            batch.ids,
+            attention_mask=batch.mask,
+            do_sample=False,
+            max_new_tokens=steps,
+            eos_token_id=None,
+            **batch.audio,
         )
     return Trace(modules, logits, np.asarray(tokens)[:, batch.ids.shape[1] :])
 
 
 @partial(jax.jit, static_argnames="module")
-def _forward(
-    module: nn.Module, variables: Params, ids: jax.Array, mask: jax.Array, positions: jax.Array
-) -> tuple[dict[str, jax.Array], jax.Array]:
+def _forward(module: nn.Module, variables: Params, inputs: dict[str, Any]) -> tuple[dict[str, jax.Array], jax.Array]:
     """The outputs of the modules [B, T, D], by name, and the logits [B, T, V]; the others are not kept."""
-    output, state = module.apply(
-        variables,
-        ids,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=False,
-        return_dict=True,
-        capture_intermediates=True,
-    )
+    output, state = module.apply(variables, **inputs, use_cache=False, return_dict=True, capture_intermediates=True)
     modules = {}
-    for name in module_names(module.config.num_hidden_layers):
+    for name in module_names(module.config):
         node = state["intermediates"]
         for key in to_path(name):
             node = node[key]
@@ -234,11 +303,9 @@ def _forward(
 
 
 def compare_traces(reference: Trace, trace: Trace) -> Comparison:
-    """Every number of the report, of one implementation against the reference."""
-    names = module_names((len(reference.modules) - 2) // 3)
+    """Every number of the report, of one implementation against the reference, whose modules are as they were run."""
     errors = [
-        module_error(name, kind, layer, reference.modules[name], trace.modules[name])
-        for name, (kind, layer) in names.items()
+        module_error(name, *kind_of(name), values, trace.modules[name]) for name, values in reference.modules.items()
     ]
     errors.append(module_error("logits", "logits", None, reference.logits, trace.logits))
     agreement = np.mean(reference.logits.argmax(-1) == trace.logits.argmax(-1))
@@ -307,7 +374,7 @@ def _keep_output(modules: dict[str, np.ndarray], name: str, batch: Batch) -> Cal
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
-        modules[name] = batch.valid(output.float().numpy())
+        modules[name] = batch.valid(output.float().numpy(), kind_of(name)[0])
 
     return keep
 

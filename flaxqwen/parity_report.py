@@ -28,7 +28,8 @@ MAX_LOGIT_ERROR = 2e-5  # float32: of the largest |logit|
 MAX_KL_RATIO = 1.2  # bfloat16: of PyTorch's own divergence from float32
 CULPRIT_RATIO = 2.0  # bfloat16: a module that errs this many times as much as PyTorch's is named
 
-KINDS = ("embedding", "attention", "mlp", "residual", "final norm", "logits")
+AUDIO_KINDS = ("audio layer", "audio norm", "projector")
+KINDS = ("embedding", *AUDIO_KINDS, "attention", "mlp", "residual", "final norm", "logits")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ModuleError:
     """How far one module's output is from PyTorch float32's, over the valid positions.
 
     name: the module's, as in the checkpoint; "logits" for the head's output.
-    kind: one of KINDS; "residual" is the output of a whole layer.
+    kind: one of KINDS; "residual" is the output of a whole layer, as "audio layer" is of the audio tower.
     layer: its number, or None.
     max_abs, rms_abs: max |error| and sqrt(mean error^2).
     max_rel, rms_rel: the same over max |reference| and sqrt(mean reference^2).
@@ -213,6 +214,8 @@ class Report:
         peers = {} if self.pytorch is None else {m.name: m for m in self.pytorch.modules}
         for kind in KINDS:
             modules = [m for m in self.ours.modules if m.kind == kind]
+            if not modules:  # of audio
+                continue
             worst = max(modules, key=lambda m: math.inf if math.isnan(m.rms_rel) else m.rms_rel)
             label = kind if worst.layer is None else f"{kind} ({worst.layer})"
             yield label, worst, peers.get(worst.name)
@@ -285,6 +288,11 @@ class Report:
         layers = 1 + max(m.layer for m in self.ours.modules if m.layer is not None)
         ends = {"embedding": -1, "final norm": layers, "logits": layers + 1}
         colors = {("attention",): "C0", ("mlp",): "C1", ("residual",): "C2", tuple(ends): "black"}
+        labels = ["\nembedding", "norm", "\nlogits"]
+        if any(m.kind in AUDIO_KINDS for m in self.ours.modules):
+            colors |= {AUDIO_KINDS[:1]: "C4", AUDIO_KINDS[1:]: "C5"}
+            ends |= {"audio norm": layers + 2, "projector": layers + 3}
+            labels += ["audio norm", "\nprojector"]
         for (line, fill), (name, comparison) in zip((("-", "full"), ("--", "none")), self._comparisons(), strict=False):
             for kinds, color in colors.items():
                 modules = [m for m in comparison.modules if m.kind in kinds]
@@ -296,8 +304,8 @@ class Report:
         if self.ours.modules[0].rms_rel == 0:
             axes.text(-1, 0.02, "exact", rotation=90, ha="center", transform=axes.get_xaxis_transform())
         ticks = range(0, layers, -(-layers // 8))
-        axes.set_xticks([*ticks, *ends.values()], [*map(str, ticks), "\nembedding", "norm", "\nlogits"])
-        axes.set_xlim(-2, layers + 2)
+        axes.set_xticks([*ticks, *ends.values()], [*map(str, ticks), *labels])
+        axes.set_xlim(-2, max(ends.values()) + 1)
         axes.set(xlabel="layer", ylabel="RMS error / RMS of the reference", title="Error of each module")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flaxqwen import parity
+from flaxqwen import AutoModelForCausalLM, parity
 from flaxqwen.convert import convert, to_path
 from flaxqwen.parity_report import Comparison, GreedyDifference, Report
 from tests.reference import RELATIVE, random_ids, th, tiny, torch, torch_model
@@ -62,7 +62,7 @@ def trace(folder: Path, prompts: list[list[int]]) -> parity.Trace:
 
 def change_ours(monkeypatch: pytest.MonkeyPatch, name: str, change: Any) -> None:
     """Let our side load the checkpoint with one tensor changed."""
-    load = parity.AutoModelForCausalLM.from_pretrained
+    load = AutoModelForCausalLM.from_pretrained
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
@@ -74,7 +74,7 @@ def change_ours(monkeypatch: pytest.MonkeyPatch, name: str, change: Any) -> None
         node[leaf] = change(node[leaf])
         return dataclasses.replace(model, params=params)
 
-    monkeypatch.setattr(parity.AutoModelForCausalLM, "from_pretrained", loaded)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
 
 
 def rendered(report: Report, width: int = 200) -> str:

@@ -317,6 +317,7 @@ def _parity(
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="May be given several times; default: four built-in ones.")
     ] = None,
+    audio: AudioFiles = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Greedy tokens to compare.")] = 32,
     report: Annotated[Path | None, typer.Option(metavar="DIR", help="Write report.json and parity.png there.")] = None,
     as_json: AsJson = False,
@@ -327,7 +328,8 @@ def _parity(
     """
     from flaxqwen.cli.parity import show_parity
 
-    if not show_parity(model, dtype=dtype, prompts=prompt or None, steps=steps, report=report, as_json=as_json):
+    files, texts = audio or [], prompt or None
+    if not show_parity(model, dtype=dtype, prompts=texts, audio=files, steps=steps, report=report, as_json=as_json):
         raise typer.Exit(1)
 
 

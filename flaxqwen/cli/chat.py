@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxqwen.audio import load_audio
+from flaxqwen.audio import audio_inputs, load_audio
+from flaxqwen.auto import language_model_class
 from flaxqwen.cache import KVCache
-from flaxqwen.cli.common import language_model_class
 from flaxqwen.cli.generate import finish_reason, print_now
 from flaxqwen.cli.text import (
     TextStream,
-    audio_inputs,
     chat_ids,
     decoder,
     load_processor,

@@ -1,8 +1,6 @@
-"""What several commands share: the class and module of a config, and sizes for people."""
+"""What several commands share: the module of a config, and sizes for people."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import flax.linen as nn
 
@@ -13,8 +11,9 @@ from flaxqwen.auto import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    language_model_class,
 )
-from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig
+from flaxqwen.config import PretrainedConfig
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 AUTO_CLASSES = (
@@ -25,11 +24,6 @@ AUTO_CLASSES = (
     AutoModelForTokenClassification,
     AutoModelForQuestionAnswering,
 )
-
-
-def language_model_class(config: PretrainedConfig) -> Any:
-    """The Auto class that loads a model with a language-model head."""
-    return AutoModelForSeq2SeqLM if isinstance(config, Qwen2AudioConfig) else AutoModelForCausalLM
 
 
 def module_of(config: PretrainedConfig) -> nn.Module:

@@ -12,12 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxqwen.audio import load_audio
-from flaxqwen.auto import AutoModelForCausalLM
-from flaxqwen.cli.common import language_model_class
+from flaxqwen.audio import audio_inputs, load_audio
+from flaxqwen.auto import AutoModelForCausalLM, language_model_class
 from flaxqwen.cli.text import (
     TextStream,
-    audio_inputs,
     chat_ids,
     decoder,
     load_processor,

@@ -16,12 +16,13 @@ def show_parity(
     *,
     dtype: Literal["float32", "bfloat16"],
     prompts: list[str] | None,
+    audio: list[Path],
     steps: int,
     report: Path | None,
     as_json: bool,
 ) -> bool:
     """Print how a model here compares with PyTorch's, and save that if there is a folder for it; whether it passed."""
-    result = compare(name, dtype=dtype, prompts=prompts, steps=steps)
+    result = compare(name, dtype=dtype, prompts=prompts, audio=audio, steps=steps)
     if as_json:
         print(json.dumps(result.to_dict(), ensure_ascii=False))
     else:

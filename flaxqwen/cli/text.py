@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from flaxqwen.audio import process_audio
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -100,23 +98,6 @@ def load_processor(folder: Path) -> Any:
     import transformers  # seconds, where torch is installed
 
     return transformers.AutoProcessor.from_pretrained(folder)
-
-
-def audio_inputs(
-    processor: Any, prompt: str | list[dict[str, Any]], clips: Sequence[np.ndarray]
-) -> dict[str, np.ndarray]:
-    """What generate() takes, of a prompt with clips: a chat's messages, or a text, where they come first.
-
-    A text that has audio tokens says itself where they are. Raises ValueError as process_audio.
-    """
-    if not isinstance(prompt, str):
-        text = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    elif processor.audio_token in prompt:
-        text = prompt
-    else:
-        one = f"{processor.audio_bos_token}{processor.audio_token}{processor.audio_eos_token}"
-        text = one * len(clips) + prompt
-    return process_audio(processor, text, clips)
 
 
 def decoder(tokenizer: Any) -> Callable[[list[int]], str]:

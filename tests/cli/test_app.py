@@ -197,9 +197,9 @@ def test_parity_exits_by_its_tolerance(run: Run, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("flaxqwen.cli.parity.compare", compare)
     result = run("parity", "m", "--dtype", "bfloat16", "--prompt", "a", "--prompt", "b", "--steps", "5", "--json")
     assert (result.code, json.loads(result.out)) == (0 if passed else 1, {"passed": passed})
-    assert calls == [("m", {"dtype": "bfloat16", "prompts": ["a", "b"], "steps": 5})]
+    assert calls == [("m", {"dtype": "bfloat16", "prompts": ["a", "b"], "audio": [], "steps": 5})]
     assert run("parity", "m", "--report", tmp_path).out == "the table\n"
-    assert calls[1] == ("m", {"dtype": "float32", "prompts": None, "steps": 32})
+    assert calls[1] == ("m", {"dtype": "float32", "prompts": None, "audio": [], "steps": 32})
     assert (tmp_path / "report.json").is_file()
 
 

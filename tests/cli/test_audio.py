@@ -100,6 +100,29 @@ def test_refusals(run: Run, folder: Path, random_model: Path, speech: tuple[Path
     assert_refused(run("generate", bare, "What?", "--audio", short), "no processor (preprocessor_config.json")
 
 
+def test_parity(run: Run, folder: Path, speech: tuple[Path, Path], tmp_path: Path):
+    """Of every module, the audio tower's too; and of a checkpoint in Flax's files, which Transformers cannot read."""
+    pytest.importorskip("torch", reason="parity compares with PyTorch")
+    flax = tmp_path / "flax"
+    assert run("convert", folder, flax).code == 0
+    second = tmp_path / "second.wav"  # of speech: each position has 152,000 logits
+    soundfile.write(second, load_audio(speech[0])[16000:32000], 16000)
+    result = run("parity", flax, "--audio", second, "--steps", 4, "--json", "--report", tmp_path / "report")
+    report = json.loads(result.out)
+    assert report["passed"], result.out
+    names = [module["name"] for module in report["ours"]["modules"]]
+    audio_names = ["model.audio_tower.layers.0", "model.audio_tower.layer_norm", "model.multi_modal_projector"]
+    layer = "model.language_model.layers.0"
+    assert names == [
+        "model.language_model.embed_tokens", *audio_names, f"{layer}.self_attn", f"{layer}.mlp", layer,
+        "model.language_model.norm", "logits",
+    ]  # fmt: skip
+    assert (tmp_path / "report/parity.png").stat().st_size > 10000
+    assert all(module["max_rel"] <= 2e-5 for module in report["ours"]["modules"])
+    assert len(report["ours"]["kl"]) > 2 * 25  # the positions of both prompts
+    assert_refused(run("parity", folder), "parity of Qwen2-Audio needs audio: --audio FILE")
+
+
 def test_chat(folder: Path, speech: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: Any):
     """Each turn runs the encoder over its own clips alone, and answers as without a cache; a cleared one hears anew."""
     counts: list[int] = []

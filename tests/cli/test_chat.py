@@ -121,7 +121,7 @@ def test_a_session(run: Run, sentence_model: Path, typed: Callable[..., None]):
     header, first, *middle, unknown, last = result.out.splitlines()
     assert "/help" in header
     assert (first, last) == (SENTENCE, SENTENCE)
-    assert [line.split()[0] for line in middle] == ["/clear", "/system", "/help", "/exit", "Ctrl-C"]
+    assert [line.split()[0] for line in middle] == ["/clear", "/audio", "/system", "/help", "/exit", "Ctrl-C"]
     assert "/nonsense" in unknown
 
 

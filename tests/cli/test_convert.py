@@ -127,7 +127,10 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         ("model.norm.weight", "int32"),
     ),
     "other architecture": (lambda folder: change_config(folder, model_type="llama"), ("'llama'", "qwen2")),
-    "without module": (lambda folder: change_config(folder, model_type="qwen2_audio"), ("qwen2_audio",)),
+    "without module": (
+        lambda folder: change_config(folder, model_type="qwen2_audio_encoder"),
+        ("qwen2_audio_encoder",),
+    ),
     "quantized": (lambda folder: change_config(folder, quantization_config={"quant_method": "awq"}), ("'awq'",)),
     "impossible": (lambda folder: change_config(folder, num_attention_heads=5), ("num_attention_heads", "config.json")),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), ("config.json",)),
