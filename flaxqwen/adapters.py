@@ -23,6 +23,7 @@ from flaxqwen.lora.tree import Tree, to_tensors
 from flaxqwen.sharding import module_sharding
 
 DEFAULT_NAME = "default"
+AUDIO_PARTS = {"audio_tower", "multi_modal_projector"}  # of Qwen2-Audio: they run over clips, not over rows
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,9 @@ class AdapterMethods:
             raise ValueError("adapter_names cannot go with merged adapters: call unmerge_adapter first")
         if len(adapter_names) != rows:
             raise ValueError(f"adapter_names has {len(adapter_names)} names; expected {rows}, one for each row")
+        for name, (_, tree) in self.adapters.loaded.items():
+            if AUDIO_PARTS & set(tree.get("model", ())):
+                raise ValueError(f"adapter {name!r} adapts the audio tower, whose clips are no rows: set_adapter it")
         lora = mix_adapters(self.adapters.loaded, list(adapter_names) * copies)
         adapters = dataclasses.replace(self.adapters, variables={"params": self.params, "lora": lora})
         return self._replace(module=self._base_module, adapters=adapters)

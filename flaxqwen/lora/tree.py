@@ -26,7 +26,7 @@ from flaxqwen.ops.lora import Adapter
 
 Tree = dict[str, Any]
 Path = tuple[str, ...]
-EMBEDDINGS = ("embed_tokens",)
+EMBEDDINGS = ("embed_tokens", "embed_positions")
 BASE_LAYER = "base_layer"  # in peft's names, between an adapted module and its own parameters
 
 

@@ -41,9 +41,12 @@ class ModelOutput:
 
 
 class BaseModelOutput(ModelOutput, flax.struct.PyTreeNode):
-    """last_hidden_state: [clips, positions, width] of an encoder."""
+    """last_hidden_state: [clips, positions, width] of an encoder; hidden_states: what each layer is given, and that;
+    attentions: [clips, heads, positions, positions] per layer."""
 
     last_hidden_state: jax.Array
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
 
 
 class BaseModelOutputWithPast(ModelOutput, flax.struct.PyTreeNode):

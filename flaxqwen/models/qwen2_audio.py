@@ -51,17 +51,20 @@ class Qwen2AudioAttention(nn.Module):
         self.k_proj = linear()
         self.dropout = nn.Dropout(config.attention_dropout)
 
-    def __call__(self, x: jax.Array, visibility: Visibility, deterministic: bool) -> jax.Array:
-        """x [C, L, E] -> [C, L, E]."""
+    def __call__(
+        self, x: jax.Array, visibility: Visibility, output_attentions: bool, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x [C, L, E] -> ([C, L, E], attention weights [C, N, L, L] or None)."""
         C, L, E = x.shape
         N = self.config.encoder_attention_heads
         query, key, value = (p(x).reshape(C, L, N, E // N) for p in (self.q_proj, self.k_proj, self.v_proj))
         heads = (query, key.swapaxes(1, 2), value.swapaxes(1, 2), visibility)
-        if deterministic or self.config.attention_dropout == 0:
-            y = attend_in_blocks(*heads)
+        drop, weights = not deterministic and self.config.attention_dropout > 0, None
+        if output_attentions or drop:
+            y, weights = attend(*heads, dropout=lambda w: self.dropout(w, deterministic=not drop))
         else:
-            y, _ = attend(*heads, dropout=lambda weights: self.dropout(weights, deterministic=False))
-        return self.out_proj(y.reshape(C, L, E))
+            y = attend_in_blocks(*heads)
+        return self.out_proj(y.reshape(C, L, E)), weights
 
 
 class Qwen2AudioEncoderLayer(nn.Module):
@@ -84,9 +87,11 @@ class Qwen2AudioEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
-    def __call__(self, x: jax.Array, visibility: Visibility, deterministic: bool) -> jax.Array:
-        """x [C, L, E] -> [C, L, E]."""
-        y = self.self_attn(self.self_attn_layer_norm(x), visibility, deterministic)
+    def __call__(
+        self, x: jax.Array, visibility: Visibility, output_attentions: bool, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """As Qwen2AudioAttention: x [C, L, E] -> ([C, L, E], attention weights or None)."""
+        y, weights = self.self_attn(self.self_attn_layer_norm(x), visibility, output_attentions, deterministic)
         x = x + self.dropout(y, deterministic=deterministic)
         y = ACTIVATION[self.config.activation_function](self.fc1(self.final_layer_norm(x)))
         y = self.fc2(self.activation_dropout(y, deterministic=deterministic))
@@ -94,7 +99,7 @@ class Qwen2AudioEncoderLayer(nn.Module):
         if x.dtype == jnp.float16:  # as in Transformers: the sum of many layers overflows
             limit = float(jnp.finfo(x.dtype).max) - 1000
             x = jnp.clip(x, -limit, limit)
-        return x
+        return x, weights
 
 
 class Qwen2AudioEncoder(nn.Module):
@@ -124,6 +129,8 @@ class Qwen2AudioEncoder(nn.Module):
         self,
         input_features: jax.Array,
         attention_mask: jax.Array | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         deterministic: bool = True,
     ) -> BaseModelOutput | tuple:
@@ -132,20 +139,30 @@ class Qwen2AudioEncoder(nn.Module):
         Args:
           input_features: [C, W, F] log-mel, F twice the config's max_source_positions.
           attention_mask: [C, L] bool, True at audio; or as it is, [C, 1, L, L] bool (True: visible) or float (added).
-          return_dict: False gives a tuple; default: the config's.
+          output_attentions, output_hidden_states, return_dict: as in Transformers; defaults from the config.
           deterministic: False applies dropout (needs a "dropout" rng).
 
         Returns:
-          last_hidden_state [C, P, E].
+          last_hidden_state [C, P, E]; hidden_states are [C, L, E], but for the last one, which is that.
 
         Raises:
           ValueError: features or a mask of another shape; layer drop in training, which is not supported.
         """
-        output = self.forward(input_features, attention_mask, deterministic)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = self.forward(
+            input_features, attention_mask, deterministic, bool(output_attentions), bool(output_hidden_states)
+        )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def forward(
-        self, input_features: jax.Array, attention_mask: jax.Array | None, deterministic: bool
+        self,
+        input_features: jax.Array,
+        attention_mask: jax.Array | None,
+        deterministic: bool,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
     ) -> BaseModelOutput:
         """As __call__, but for return_dict."""
         config = self.config
@@ -164,11 +181,17 @@ class Qwen2AudioEncoder(nn.Module):
         x = x + jax.lax.stop_gradient(self.embed_positions(jnp.arange(L)))
         x = self.dropout(x, deterministic=deterministic)
         visibility = _all_to_all(attention_mask, x.shape)
+        given, attentions = [], []
         for layer in self.layers:
-            x = layer(x, visibility, deterministic)
+            given.append(x)
+            x, weights = layer(x, visibility, output_attentions, deterministic)
+            if weights is not None:
+                attentions.append(weights)
         C, _, E = x.shape
         pairs = x[:, : L - L % 2].reshape(C, L // 2, 2, E)
-        return BaseModelOutput(self.layer_norm((pairs[:, :, 0] + pairs[:, :, 1]) / 2))
+        last = self.layer_norm((pairs[:, :, 0] + pairs[:, :, 1]) / 2)
+        hidden_states = (*given, last) if output_hidden_states else None
+        return BaseModelOutput(last, hidden_states, tuple(attentions) if output_attentions else None)
 
 
 def _all_to_all(attention_mask: jax.Array | None, shape: tuple[int, ...]) -> Visibility:

@@ -114,6 +114,15 @@ def test_logits_and_loss(models, rng, clips, side):
     np.testing.assert_array_equal(ours.attention_mask, newer["attention_mask"])
 
 
+def test_a_first_token_predicted_from_padding(models, rng):
+    """Of rows padded on the left, Transformers counts the loss of the first token too, which sees every slot alike."""
+    theirs, module, params = models
+    inputs = expanded(older_prompt(rng, CLIPS[2], "left"))
+    inputs["labels"] = np.where(inputs["attention_mask"] == 0, -100, random_ids(rng, inputs["input_ids"].shape))
+    inputs["labels"] = inputs["labels"].astype(np.int32)
+    close(ours_of(module, params, inputs).loss, theirs_of(theirs, **inputs).loss, 1e-6)
+
+
 def test_encoder_projector_and_merged_embeddings(models, rng):
     theirs, module, params = models
     inputs = expanded(older_prompt(rng, CLIPS[2], "left"))
@@ -134,9 +143,16 @@ def test_encoder_projector_and_merged_embeddings(models, rng):
     for mask in (is_audio, additive, additive == 0):
         output = ours_of(encoder, own, {"input_features": features, "attention_mask": mask})
         close(output.last_hidden_state, encoded, where=valid)
-    whole = ours_of(encoder, own, {"input_features": features})
+    run = jax.jit(partial(encoder.apply, {"params": own}, output_attentions=True, output_hidden_states=True))
+    whole = run(features)
     with torch.no_grad():
-        close(whole.last_hidden_state, tower(th(features)).last_hidden_state)
+        wanted = tower(th(features), output_attentions=True, output_hidden_states=True)
+    close(whole.last_hidden_state, wanted.last_hidden_state)
+    assert list(whole) == list(wanted)
+    for kind in ("hidden_states", "attentions"):
+        assert len(whole[kind]) == len(wanted[kind]) == 2 + (kind == "hidden_states")
+        for found, reference in zip(whole[kind], wanted[kind], strict=True):
+            close(found, reference)
     model = Qwen2AudioModel(module.config)
     ours = model.apply({"params": params["model"]}, features, frames, method="encode")
     close(ours, projected, where=valid)

@@ -1,0 +1,58 @@
+"""Adapters of Qwen2-Audio, on the audio tower, the projector and the decoder, against the peft library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from flaxqwen import GenerationConfig, LoraConfig, Model
+from tests.generation.test_audio import SHORT, newer_prompt
+from tests.lora.test_adapters import adapter_of_peft, peft, pytestmark  # noqa: F401
+from tests.models.test_qwen2_audio import CLIPS, models, older_prompt, theirs_of  # noqa: F401
+from tests.reference import close, th, torch
+
+# Of both halves by one name, of the tower alone, of the projector; and all linear layers, which are not the positions.
+TARGETS = {"named": ["q_proj", "v_proj", "fc1", "out_proj", "linear", "up_proj"], "all": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def model(models) -> Model:  # noqa: F811
+    _, module, params = models
+    return Model(module, params, module.config, GenerationConfig())
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_adapters_of_peft(models, model, rng, tmp_path: Path, targets: str):  # noqa: F811
+    """Logits and greedy tokens with what peft saves; what we save, peft loads, with the same tensors."""
+    theirs = adapter_of_peft(models[0], tmp_path / "theirs", r=3, lora_alpha=6, target_modules=TARGETS[targets])
+    inputs = newer_prompt(older_prompt(rng, CLIPS[2], "left"))
+    adapted = model.load_adapter(tmp_path / "theirs")
+    wanted, valid = theirs_of(theirs, **inputs).logits, inputs["attention_mask"].astype(bool)
+    close(adapted(**inputs).logits, wanted, where=valid)
+    assert np.abs(wanted.numpy() - np.asarray(model(**inputs).logits)).max() > 0.01
+    if targets == "named":
+        with torch.no_grad():
+            tokens = theirs.generate(**{name: th(value) for name, value in inputs.items()}, **SHORT)
+        np.testing.assert_array_equal(adapted.generate(**inputs, **SHORT), tokens)
+        with pytest.raises(ValueError, match="'default' adapts the audio tower, whose clips are no rows"):
+            adapted(**inputs, adapter_names=["default"] * 4)
+
+    adapted.save_adapter(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(models[0], tmp_path / "ours")
+    wanted_state = peft.get_peft_model_state_dict(theirs)
+    state = peft.get_peft_model_state_dict(back)
+    assert state.keys() == wanted_state.keys()
+    for name, tensor in wanted_state.items():
+        np.testing.assert_array_equal(state[name].numpy(), tensor.numpy())
+    back.unload()
+
+
+def test_a_new_adapter_targets_both_halves(model):
+    """q_proj is in the tower and in the decoder; a regular expression takes one of them."""
+    both = model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    one = model.add_adapter(LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    counts = [len(jax.tree.leaves(adapted.adapters.loaded["default"][1])) for adapted in (both, one)]
+    assert counts == [2 * (2 + 2), 2 * 2]
