@@ -20,10 +20,10 @@ from flaxqwen.lora.files import check_tensors, place
 from flaxqwen.lora.merge import merged_params
 from flaxqwen.lora.mixed import mix_adapters
 from flaxqwen.lora.tree import Tree, to_tensors
+from flaxqwen.models.qwen2_audio import ENCODER_PARTS
 from flaxqwen.sharding import module_sharding
 
 DEFAULT_NAME = "default"
-AUDIO_PARTS = {"audio_tower", "multi_modal_projector"}  # of Qwen2-Audio: they run over clips, not over rows
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class AdapterMethods:
         if len(adapter_names) != rows:
             raise ValueError(f"adapter_names has {len(adapter_names)} names; expected {rows}, one for each row")
         for name, (_, tree) in self.adapters.loaded.items():
-            if AUDIO_PARTS & set(tree.get("model", ())):
+            if set(ENCODER_PARTS) & set(tree.get("model", ())):
                 raise ValueError(f"adapter {name!r} adapts the audio tower, whose clips are no rows: set_adapter it")
         lora = mix_adapters(self.adapters.loaded, list(adapter_names) * copies)
         adapters = dataclasses.replace(self.adapters, variables={"params": self.params, "lora": lora})

@@ -25,14 +25,16 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxqwen.auto import AutoModelForCausalLM, param_shapes, parse_dtype
+from flaxqwen.auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM, param_shapes, parse_dtype
 from flaxqwen.cache import init_cache
-from flaxqwen.config import PretrainedConfig, Qwen2Config
+from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig, Qwen2Config
 from flaxqwen.generation import loop
+from flaxqwen.generation.audio import encode_clips
 from flaxqwen.generation.decoding import DEFAULT_CHUNK
 from flaxqwen.generation.inputs import SMALLEST_CACHE, bucket
 from flaxqwen.generation.processors import pad_ids
 from flaxqwen.generation.sampling import TokenChoice
+from flaxqwen.models.qwen2_audio import ENCODER_PARTS, FRAMES_PER_POSITION
 from flaxqwen.sharding import Sharding, make_mesh, module_sharding
 
 
@@ -53,6 +55,7 @@ CHIPS = {
     "v6e": Chip(32 * 2**30, 1.640e12, 918e12, 90e9),
 }
 HOP = 1e-6  # seconds from a chip to the next: what small messages cost
+CLIPS = 2  # of Qwen2-Audio: encoded at once, and in a chunk of prompts
 PREFILL_CHUNK = 1024  # tokens of a prompt that are run at once: what is beside weights and cache grows with it
 LARGE_COPY = 1 << 20  # bytes from which on a copy is of a weight or of a cache
 
@@ -97,18 +100,12 @@ class Plan:
     chip: Chip
     batch: int
     context: int
+    sharding: Sharding
 
     @property
     def config(self) -> Qwen2Config:
-        """The config with the heads of the mesh."""
-        return self.module.config
-
-    @property
-    def sharding(self) -> Sharding:
-        """The module's."""
-        sharding = module_sharding(self.module)
-        assert sharding is not None
-        return sharding
+        """The decoder's config with the heads of the mesh."""
+        return self.module.config.get_text_config()
 
     @property
     def capacity(self) -> int:
@@ -144,16 +141,25 @@ def topology_mesh(topology: str, data: int = 1, fsdp: int = 1, tensor: int = -1)
     return CHIPS[kind], make_mesh(data, fsdp, tensor, devices[:wanted])
 
 
-def plan(config: Qwen2Config, chip: Chip, mesh: Mesh, batch: int, context: int) -> Plan:
-    """What is to be compiled: the causal language model of a config, in its dtype.
+def plan(config: Qwen2Config | Qwen2AudioConfig, chip: Chip, mesh: Mesh, batch: int, context: int) -> Plan:
+    """What is to be compiled: the language model of a config, in its dtype.
 
     Raises:
-      ValueError: a model_type that has none; a context beyond the model's.
+      ValueError: a context beyond the model's; Qwen2-Audio on several chips.
     """
-    if context > config.context_length:
-        raise ValueError(f"context is {context}; the model's is {config.context_length}")
+    text = config.get_text_config()
+    if context > text.context_length:
+        raise ValueError(f"context is {context}; the model's is {text.context_length}")
     dtype = parse_dtype(config.dtype) or np.dtype("float32")
-    return Plan(AutoModelForCausalLM.module_of(config, dtype, mesh), chip, batch, context)
+    if text is config:
+        module = AutoModelForCausalLM.module_of(config, dtype, mesh)
+        sharding = module_sharding(module)
+        assert sharding is not None
+        return Plan(module, chip, batch, context, sharding)
+    if mesh.size > 1:
+        raise ValueError("Qwen2-Audio does not run on a mesh yet: compile it for one chip, --mesh tensor=1")
+    module = AutoModelForSeq2SeqLM.module_of(config, dtype)
+    return Plan(module, chip, batch, context, Sharding.fit(mesh, text))
 
 
 def compile_decode(made: Plan) -> Program:
@@ -176,12 +182,51 @@ def compile_prefill(made: Plan) -> Program:
         cur_len=whole((), np.int32),
         last=whole((), np.int32),
     )
+    if isinstance(made.module.config, Qwen2AudioConfig):
+        shape = (CLIPS, made.module.config.audio_config.max_source_positions // 2, made.config.hidden_size)
+        vectors = whole(shape, np.dtype(made.module.param_dtype))
+        prompt = prompt.replace(audio=loop.Audio(vectors, whole((made.batch, tokens), np.int32)))
     lowered = loop.prefill.lower(
         made.module, {"params": _params(made)}, prompt, _choice(made), _state(made).cache,
         capacity=made.capacity, cache_dtype=np.dtype(made.module.param_dtype), copies=1, keep_scores=False,
         keep_logits=False,
     )  # fmt: skip
     return _compile(made, lowered, tokens)
+
+
+def compile_encoder(made: Plan) -> dict[str, Any]:
+    """Qwen2-Audio's encoder over CLIPS clips of 30 s, with all weights and the cache beside it: as JSON values."""
+    audio, whole = made.module.config.audio_config, _whole(made)
+    positions = audio.max_source_positions
+    shape = (CLIPS, audio.num_mel_bins, FRAMES_PER_POSITION * positions)
+    clips = (whole(shape, np.float32), whole((CLIPS, shape[2]), np.int32), whole((), np.int32))
+    start = time.perf_counter()
+    compiled = encode_clips.lower(made.module, {"params": _params(made)}, *clips).compile()
+    seconds = time.perf_counter() - start
+    memory: Any = compiled.memory_analysis()
+    temporaries, outputs = memory.temp_size_in_bytes, memory.output_size_in_bytes
+    flops = 4.0 * positions**2 * audio.d_model * audio.encoder_layers  # of attention
+    flops += 2.0 * positions * _hearing_bytes(made) / np.dtype(made.module.param_dtype).itemsize
+    times = (_hearing_bytes(made) / made.chip.bandwidth, flops / made.chip.flops)
+    return {
+        "clips": CLIPS,
+        "outputs": outputs,
+        "temporaries": temporaries,
+        "fits": sum(held(made).values()) + temporaries + outputs <= made.chip.hbm,
+        "seconds": seconds,
+        "step_seconds": CLIPS * max(times),
+    }
+
+
+def _hears(path: tuple[str, ...]) -> bool:
+    """Whether a parameter belongs to the encoder or its projector, which neither prefill nor decoding touches."""
+    return path[1] in ENCODER_PARTS
+
+
+def _hearing_bytes(made: Plan) -> int:
+    """Bytes of those parameters."""
+    shapes = (shape for path, shape in param_shapes(made.module).items() if _hears(path))
+    return sum(map(math.prod, shapes)) * np.dtype(made.module.param_dtype).itemsize
 
 
 def _compile(made: Plan, lowered: Any, tokens: int) -> Program:
@@ -196,7 +241,7 @@ def _compile(made: Plan, lowered: Any, tokens: int) -> Program:
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    taken += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    taken += memory.output_size_in_bytes - memory.alias_size_in_bytes + _hearing_bytes(made)
     rows = made.batch * tokens / _parts(made, "batch", made.batch)  # that a chip multiplies with its weights
     large, small, copies = _operations(compiled, rows * made.config.hidden_size)
     times = {"HBM": _bytes_read(made) / made.chip.bandwidth, "links": _link_seconds(made, large, rows)}
@@ -272,7 +317,7 @@ def _bytes_read(made: Plan) -> float:
     """Bytes that a step reads of a chip's HBM: the weights, but for a table that is only looked up, and the cache."""
     places = param_shapes(made.module).items()
     read = [(path, shape) for path, shape in places if _is_multiplied(made, path)]
-    parts = (math.prod(made.sharding.of_parameter(path, shape).shard_shape(shape)) for path, shape in read)
+    parts = (math.prod(_place(made, path, shape).shard_shape(shape)) for path, shape in read)
     return sum(parts) * np.dtype(made.module.param_dtype).itemsize + _bytes_of(_state(made).cache.layers)
 
 
@@ -281,7 +326,7 @@ def _flops(made: Plan, rows: float, last: float) -> float:
     config, total = made.config, 0.0
     for path, shape in param_shapes(made.module).items():
         if len(shape) == 2 and _is_multiplied(made, path):
-            part = math.prod(made.sharding.of_parameter(path, shape).shard_shape(shape))
+            part = math.prod(_place(made, path, shape).shard_shape(shape))
             total += part * (last if path[-2] in ("embed_tokens", "lm_head") else rows)
     heads = config.num_attention_heads / _parts(made, "heads", config.num_attention_heads)
     return 2 * (total + 2 * rows * heads * config.head_dim * made.context * config.num_hidden_layers)
@@ -289,7 +334,14 @@ def _flops(made: Plan, rows: float, last: float) -> float:
 
 def _is_multiplied(made: Plan, path: tuple[str, ...]) -> bool:
     """Whether a step multiplies with a parameter, and so reads all of it."""
-    return path[-2] != "embed_tokens" or made.config.tie_word_embeddings
+    return not _hears(path) and (path[-2] != "embed_tokens" or made.config.tie_word_embeddings)
+
+
+def _place(made: Plan, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter lies; of Qwen2-Audio, on one chip."""
+    if isinstance(made.module.config, Qwen2AudioConfig):
+        return NamedSharding(made.sharding.mesh, PartitionSpec())
+    return made.sharding.of_parameter(path, shape)
 
 
 def _bytes_of(tree: Any) -> int:
@@ -327,8 +379,12 @@ def _whole(made: Plan) -> Callable[[tuple[int, ...], Any], Any]:
 def _params(made: Plan) -> dict[str, Any]:
     """The parameters' shapes on the mesh."""
     shapes = jax.eval_shape(made.module.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    places = made.sharding.of_params(shapes)
-    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places)
+
+    def place(keys: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = _place(made, tuple(key.key for key in keys), leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map_with_path(place, shapes)
 
 
 def _state(made: Plan) -> loop.DecodeState:
@@ -370,11 +426,11 @@ def report(
     Raises:
       ImportError, ValueError: as topology_mesh and plan.
     """
-    if not isinstance(config, Qwen2Config):
-        raise ValueError(f"model_type {config.model_type!r} is not compiled for TPUs yet; expected 'qwen2'")
+    if not isinstance(config, Qwen2Config | Qwen2AudioConfig):
+        raise ValueError(f"model_type {config.model_type!r} has no language model to compile")
     chip, mesh = topology_mesh(topology, **mesh_sizes)
     made = plan(config, chip, mesh, batch, context)
-    heads = made.sharding.heads
+    heads, text = made.sharding.heads, config.get_text_config()
     result: dict[str, Any] = {
         "topology": topology,
         "chips": mesh.size,
@@ -382,15 +438,17 @@ def report(
         "batch": batch,
         "context": context,
         "dtype": np.dtype(made.module.param_dtype).name,
-        "layers": config.num_hidden_layers,
+        "layers": text.num_hidden_layers,
         "prefill_tokens": min(PREFILL_CHUNK, context),
-        "query_heads": [config.num_attention_heads, len(heads.queries)],
-        "key_value_heads": [config.num_key_value_heads, len(heads.keys)],
+        "query_heads": [text.num_attention_heads, len(heads.queries)],
+        "key_value_heads": [text.num_key_value_heads, len(heads.keys)],
         "hbm_bytes": int(chip.hbm),
         **held(made),
     }
     for name, build in (("prefill", compile_prefill), ("decode", compile_decode)):
         result[name] = asdict(build(made))
+    if isinstance(config, Qwen2AudioConfig):
+        result["encoder"] = compile_encoder(made)
     return result
 
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from flaxqwen import Qwen2Config, aot
+from flaxqwen import Qwen2AudioConfig, Qwen2Config, aot
 from flaxqwen.cli import main
 from flaxqwen.config import config_from_file
 
@@ -50,6 +50,26 @@ def test_collectives_of_tensor_parallel_decoding():
     assert {name: number for name, (number, _) in found.collectives.items()} == {"all-reduce": 2 * 3 + 1}
     assert sum(size for _, size in found.small.values()) <= 64
     assert found.copies == {}
+
+
+@needs_libtpu
+def test_audio_on_one_chip():
+    """The tower's weights count in all programs; prefill and decoding do not take them as arguments."""
+    encoder = {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 512, "d_model": 256}
+    config = {"model_type": "qwen2_audio", "audio_config": encoder, "text_config": TINY, "torch_dtype": "bfloat16"}
+    arguments = {"topology": "v6e:2x2", "batch": 1, "context": 512}
+    found = aot.report(Qwen2AudioConfig.from_dict(config), mesh_sizes={"tensor": 1}, **arguments)
+    text = aot.report(Qwen2Config.from_dict(TINY), mesh_sizes={"tensor": 1}, **arguments)
+    tower = 2 * (2 * (4 * 256**2 + 2 * 256 * 512) + 3 * (128 + 256) * 256 + 1500 * 256 + 256 * 256)  # but for vectors
+    assert found["weight_bytes"] - text["weight_bytes"] == pytest.approx(tower, rel=0.01)
+    assert found["decode"]["arguments"] == pytest.approx(text["decode"]["arguments"], rel=1e-3)
+    vectors = 2 * 750 * 256 * 2
+    assert found["prefill"]["arguments"] - text["prefill"]["arguments"] == pytest.approx(vectors, rel=0.02)
+    assert found["encoder"]["outputs"] == pytest.approx(vectors, rel=0.02)
+    assert found["encoder"]["fits"]
+    assert found["encoder"]["step_seconds"] > 2 * 4 * 1500**2 * 256 * 2 / 918e12
+    with pytest.raises(ValueError, match="Qwen2-Audio does not run on a mesh yet"):
+        aot.report(Qwen2AudioConfig.from_dict(config), mesh_sizes={"tensor": 2}, **arguments)
 
 
 @needs_libtpu

@@ -57,6 +57,12 @@ def print_report(name: str, found: dict[str, Any]) -> None:
         table.add_row(label, *line)
     console.print()
     console.print(table)
+    if (encoder := found.get("encoder")) is not None:
+        fits = "fits" if encoder["fits"] else "does NOT fit"
+        console.print(
+            f"\nThe encoder, over {encoder['clips']} clips of 30 s, {fits} beside it all: "
+            f"{format_bytes(encoder['temporaries'])} of temporaries, {encoder['step_seconds'] * 1e3:.2f} ms at least."
+        )
     console.print(f"\nPrefill is a chunk of {found['prefill_tokens']:,} tokens a row, decode one step of every row.")
 
 

@@ -29,6 +29,7 @@ from flaxqwen.generation.loop import (
     run_model,
     run_prompt,
     settled,
+    without_encoder,
 )
 from flaxqwen.generation.sampling import TokenChoice, advance, constrain, guide, process
 
@@ -190,7 +191,7 @@ def decode(
 
     def step(state: BeamState, _: None) -> tuple[BeamState, BeamOutput]:
         # Ties the weights to the carry, as in loop.decode.
-        weights, state = jax.lax.optimization_barrier((variables, state))
+        weights, state = jax.lax.optimization_barrier((without_encoder(variables), state))
         state, logits, states = run_newest(module, weights, state, keep_states)
         before = state.done, state.cur_len
         state, output = _advance(state, choice, logits, keep_scores, keep_logits, states)

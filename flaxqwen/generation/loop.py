@@ -21,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flaxqwen.cache import KVCache, init_cache
 from flaxqwen.generation.sampling import TokenChoice, advance, choose, constrain, fill_finished, guide, process, stopped
 from flaxqwen.models.outputs import CausalLMOutputWithPast
+from flaxqwen.models.qwen2_audio import ENCODER_PARTS
 from flaxqwen.sharding import module_sharding, settle
 
 Variables = dict[str, Any]  # of the module: {"params": ...}, and "lora" beside it where there are adapters
@@ -232,7 +233,7 @@ def decode(
     def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
         # Ties the weights to the carry: else XLA hoists float32 copies of bfloat16 weights out of the loop on CPU
         # (1,980 MB of temporaries at 0.5B).
-        weights, state = jax.lax.optimization_barrier((variables, state))
+        weights, state = jax.lax.optimization_barrier((without_encoder(variables), state))
         state, logits, states = run_newest(module, weights, state, keep_states)
         return _extend(state, choice, logits, keep_scores, keep_logits, states, keep_top)
 
@@ -254,6 +255,16 @@ def run_newest(
         past_key_values=state.cache,
     )
     return state.replace(cache=cache), logits, states
+
+
+def without_encoder(variables: Variables) -> Variables:
+    """Those that decoding uses: a barrier, unlike the compiler, would keep Qwen2-Audio's encoder as an argument."""
+
+    def kept(tree: Any) -> Any:
+        model = {name: part for name, part in tree["model"].items() if name not in ENCODER_PARTS}
+        return tree | {"model": model}
+
+    return {name: kept(tree) if "model" in tree else tree for name, tree in variables.items()}
 
 
 def for_each_prompt(tokens: jax.Array, position: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flaxqwen.cache import KVCache
-from flaxqwen.generation.loop import DecodeState, Variables, run_model, settled
+from flaxqwen.generation.loop import DecodeState, Variables, run_model, settled, without_encoder
 from flaxqwen.generation.processors.base import column
 from flaxqwen.generation.sampling import (
     TokenChoice,
@@ -117,9 +117,11 @@ def decode(
       most: K.
     """
 
+    used = without_encoder(variables), None if draft_variables is None else without_encoder(draft_variables)
+
     def step(state: RoundState, _: None) -> tuple[RoundState, RoundOutput]:
         # Ties the weights to the carry, as in loop.decode.
-        weights, state = jax.lax.optimization_barrier(((variables, draft_variables), state))
+        weights, state = jax.lax.optimization_barrier((used, state))
         if draft_module is None:
             drafts = look_up(state, choice, most)
         else:

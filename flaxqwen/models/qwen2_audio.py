@@ -26,13 +26,14 @@ from flaxqwen.models.outputs import (
 )
 from flaxqwen.models.qwen2 import Qwen2Model, keep_positions
 from flaxqwen.ops.activations import ACTIVATION
-from flaxqwen.ops.attention import Visibility, attend, attend_in_blocks
+from flaxqwen.ops.attention import Visibility, attend, attend_in_blocks, attend_to_all
 from flaxqwen.ops.convolution import Conv1d
 from flaxqwen.ops.linear import Embed, Linear
 from flaxqwen.ops.norm import LayerNorm
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default, which no config changes
 FRAMES_PER_POSITION = 2  # the stride of conv2
+ENCODER_PARTS = ("audio_tower", "multi_modal_projector")  # of Qwen2AudioModel: they run over clips, not over rows
 
 
 class Qwen2AudioAttention(nn.Module):
@@ -58,12 +59,14 @@ class Qwen2AudioAttention(nn.Module):
         C, L, E = x.shape
         N = self.config.encoder_attention_heads
         query, key, value = (p(x).reshape(C, L, N, E // N) for p in (self.q_proj, self.k_proj, self.v_proj))
-        heads = (query, key.swapaxes(1, 2), value.swapaxes(1, 2), visibility)
+        heads = (query, key.swapaxes(1, 2), value.swapaxes(1, 2))
         drop, weights = not deterministic and self.config.attention_dropout > 0, None
         if output_attentions or drop:
-            y, weights = attend(*heads, dropout=lambda w: self.dropout(w, deterministic=not drop))
+            y, weights = attend(*heads, visibility, dropout=lambda w: self.dropout(w, deterministic=not drop))
+        elif visibility.full is None:
+            y = attend_to_all(*heads, visibility.slot_mask)
         else:
-            y = attend_in_blocks(*heads)
+            y = attend_in_blocks(*heads, visibility)
         return self.out_proj(y.reshape(C, L, E)), weights
 
 
