@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="Qwen2 and Qwen2.5 in JAX/Flax: convert checkpoints, generate text, train, compare with PyTorch.",
+    help="Qwen2, Qwen2.5 and Qwen2-Audio in JAX/Flax: convert checkpoints, generate text, train, compare with PyTorch.",
     epilog="MODEL is a folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct. "
     "`flaxqwen COMMAND --help` has the options of a command, and examples.",
 )

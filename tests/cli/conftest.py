@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxqwen import AutoModelForCausalLM, GenerationConfig, Qwen2Config
+from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, Qwen2AudioConfig, Qwen2Config
 from flaxqwen.cli import main
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -142,3 +142,20 @@ def encode(folder: Path, text: str) -> list[int]:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+
+
+def save_audio_model(path: Path, shared: Path) -> Path:
+    """A tiny random Qwen2-Audio in PyTorch's format, float32, with the real tokenizer and a context of 2,048 tokens."""
+    encoder = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 16}
+    text = {
+        "vocab_size": 151936, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048, "initializer_range": 0.3,
+    }  # fmt: skip
+    config = {"model_type": "qwen2_audio", "audio_config": encoder, "text_config": text, "dtype": "float32"}
+    model = AutoModelForSeq2SeqLM.from_config(Qwen2AudioConfig.from_dict(config))
+    model.save_pretrained(path, to="pytorch")
+    GenerationConfig(do_sample=False, eos_token_id=151645, pad_token_id=151643).save_pretrained(path)
+    for file in (shared / "data/tokenizer/qwen2-audio-minimal").iterdir():
+        shutil.copyfile(file, path / file.name)
+    shutil.copyfile(shared / "data/configs/Qwen2-Audio-7B/preprocessor_config.json", path / "preprocessor_config.json")
+    return path

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flaxqwen import AutoModelForSeq2SeqLM, GenerationConfig, Qwen2AudioConfig, load_audio, process_audio
+from flaxqwen import AutoModelForSeq2SeqLM, load_audio, process_audio
 from flaxqwen.cli.chat import Conversation, obey
 from flaxqwen.cli.text import TextStream, decoder, load_processor
 from flaxqwen.generation import audio
-from tests.cli.conftest import Run, assert_refused
+from tests.cli.conftest import Run, assert_refused, save_audio_model
 
 soundfile = pytest.importorskip("soundfile", reason="reads audio: pip install 'flaxqwen[audio]'")
 NEW = 6
@@ -22,21 +22,7 @@ NEW = 6
 
 @pytest.fixture(scope="module")
 def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random float32 weights in PyTorch's format; a context of 2,048 tokens."""
-    path = tmp_path_factory.mktemp("audio") / "model"
-    encoder = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 16}
-    text = {
-        "vocab_size": 151936, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048, "initializer_range": 0.3,
-    }  # fmt: skip
-    config = {"model_type": "qwen2_audio", "audio_config": encoder, "text_config": text, "dtype": "float32"}
-    model = AutoModelForSeq2SeqLM.from_config(Qwen2AudioConfig.from_dict(config))
-    model.save_pretrained(path, to="pytorch")
-    GenerationConfig(do_sample=False, eos_token_id=151645, pad_token_id=151643).save_pretrained(path)
-    for file in (shared / "data/tokenizer/qwen2-audio-minimal").iterdir():
-        shutil.copyfile(file, path / file.name)
-    shutil.copyfile(shared / "data/configs/Qwen2-Audio-7B/preprocessor_config.json", path / "preprocessor_config.json")
-    return path
+    return save_audio_model(tmp_path_factory.mktemp("audio") / "model", shared)
 
 
 @pytest.fixture(scope="module")
