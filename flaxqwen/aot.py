@@ -201,7 +201,7 @@ def compile_encoder(made: Plan) -> dict[str, Any]:
     shape = (CLIPS, audio.num_mel_bins, FRAMES_PER_POSITION * positions)
     clips = (whole(shape, np.float32), whole((CLIPS, shape[2]), np.int32), whole((), np.int32))
     start = time.perf_counter()
-    compiled = encode_clips.lower(made.module, {"params": _params(made)}, *clips).compile()
+    compiled = encode_clips.lower(made.module, {"params": _params(made)}, *clips, positions=positions).compile()
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     temporaries, outputs = memory.temp_size_in_bytes, memory.output_size_in_bytes

@@ -22,6 +22,10 @@ from flaxqwen.generation.config import ResolvedConfig
 from flaxqwen.generation.inputs import CausalLM, Inputs, bucket, check_input_ids
 from flaxqwen.generation.loop import Audio, Variables
 from flaxqwen.models.audio_inputs import check_audio_tokens, check_features, expand_audio_tokens, tokens_of
+from flaxqwen.models.qwen2_audio import FRAMES_PER_POSITION
+
+# Clips are encoded at a length out of so many, up to the whole 30 s: one of 11 s takes a time of 15 s.
+LENGTHS = 6
 
 
 def with_audio(
@@ -87,23 +91,31 @@ def _encode(
         return None
     room = bucket(len(wanted), 1) - len(wanted)  # few programs
     clips = [np.pad(a[wanted], ((0, room),) + ((0, 0),) * (a.ndim - 1)) for a in (features, frames)]
-    vectors = encode_clips(model.module, model.variables, *clips, np.int32(len(wanted)))
+    whole = model.config.audio_config.max_source_positions  # type: ignore[union-attr]
+    longest = (int(frames[wanted].sum(-1).max()) - 1) // FRAMES_PER_POSITION + 1
+    step = -(-whole // LENGTHS)
+    positions = min(-(-(longest + 1) // step) * step, whole)
+    count = np.int32(len(wanted))
+    vectors = encode_clips(model.module, model.variables, *clips, count, positions=positions)
     # Clips that are not wanted have tokens in the cache alone.
     slot = np.searchsorted(wanted, clip)
     return Audio(vectors, np.where(np.isin(clip, wanted), slot * vectors.shape[1] + place, -1).astype(np.int32))
 
 
-@partial(jax.jit, static_argnames="module")
-def encode_clips(module: nn.Module, variables: Variables, features: Any, frames: Any, count: Any) -> jax.Array:
+@partial(jax.jit, static_argnames=("module", "positions"))
+def encode_clips(
+    module: nn.Module, variables: Variables, features: Any, frames: Any, count: Any, *, positions: int
+) -> jax.Array:
     """The first `count` of features [C, W, F] with their mask [C, F], one after the other, as vectors [C, P', D].
 
     One by one a clip of 1,500 positions fills the device, and its scores (20 heads x 1,500 x 1,500) are there once.
+    positions: how many of the encoder's are computed, see Qwen2AudioModel.encode.
     """
 
     def encode(index: Any, vectors: jax.Array) -> jax.Array:
         clip = (jax.lax.dynamic_slice_in_dim(jnp.asarray(a), index, 1) for a in (features, frames))
-        encoded: Any = module.apply(variables, *clip, method="encode")
-        return jax.lax.dynamic_update_slice_in_dim(vectors, encoded, index, 0)
+        encoded: Any = module.apply(variables, *clip, positions=positions, method="encode")
+        return jax.lax.dynamic_update_slice(vectors, encoded, (index, 0, 0))
 
     made = jax.eval_shape(partial(module.apply, method="encode"), variables, features, frames)
     return jax.lax.fori_loop(0, count, encode, jnp.zeros(made.shape, made.dtype))

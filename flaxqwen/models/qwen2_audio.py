@@ -166,8 +166,9 @@ class Qwen2AudioEncoder(nn.Module):
         deterministic: bool,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        positions: int | None = None,
     ) -> BaseModelOutput:
-        """As __call__, but for return_dict."""
+        """As __call__, but for return_dict; positions: L, where the mask has less than that (None: all)."""
         config = self.config
         L = config.max_source_positions
         if (found := input_features.shape[1:]) != (wanted := (config.num_mel_bins, FRAMES_PER_POSITION * L)):
@@ -177,6 +178,8 @@ class Qwen2AudioEncoder(nn.Module):
             )
         if not deterministic and config.encoder_layerdrop > 0:
             raise ValueError(f"encoder_layerdrop is {config.encoder_layerdrop}; training supports 0 alone")
+        L = positions or L
+        input_features = input_features[..., : FRAMES_PER_POSITION * L]
         gelu = ACTIVATION["gelu"]  # here, whatever activation_function says
         x = gelu(self.conv1(input_features.swapaxes(1, 2).astype(self.dtype or self.embed_positions.weight.dtype)))
         x = gelu(self.conv2(x))
@@ -319,12 +322,20 @@ class Qwen2AudioModel(nn.Module):
         )
 
     def encode(
-        self, input_features: jax.Array, feature_attention_mask: jax.Array, deterministic: bool = True
+        self,
+        input_features: jax.Array,
+        feature_attention_mask: jax.Array,
+        deterministic: bool = True,
+        positions: int | None = None,
     ) -> jax.Array:
-        """Features [C, W, F] and their mask [C, F] -> audio as the decoder's embeddings [C, P, D]."""
-        positions, _ = audio_lengths(feature_attention_mask.sum(-1))
-        is_audio = jnp.arange(self.config.audio_config.max_source_positions) < positions[:, None]
-        encoded = self.audio_tower.forward(input_features, is_audio, deterministic)
+        """Features [C, W, F] and their mask [C, F] -> audio as the decoder's embeddings [C, P, D].
+
+        positions: how many of the encoder's are computed: one more than any clip has, or all, for the same audio.
+        """
+        lengths, _ = audio_lengths(feature_attention_mask.sum(-1))
+        count = positions or self.config.audio_config.max_source_positions
+        is_audio = jnp.arange(count) < lengths[:, None]
+        encoded = self.audio_tower.forward(input_features, is_audio, deterministic, positions=positions)
         return self.multi_modal_projector(encoded.last_hidden_state)
 
     def merge(
@@ -419,9 +430,11 @@ class Qwen2AudioForConditionalGeneration(nn.Module):
         )
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
-    def encode(self, input_features: jax.Array, feature_attention_mask: jax.Array) -> jax.Array:
+    def encode(
+        self, input_features: jax.Array, feature_attention_mask: jax.Array, positions: int | None = None
+    ) -> jax.Array:
         """As Qwen2AudioModel.encode."""
-        return self.model.encode(input_features, feature_attention_mask)
+        return self.model.encode(input_features, feature_attention_mask, positions=positions)
 
     def embed(self, input_ids: jax.Array, index: jax.Array, audio_features: jax.Array) -> jax.Array:
         """[B, T, D]: the embeddings of input_ids [B, T], with encoded audio as take_audio places it."""

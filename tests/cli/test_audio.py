@@ -114,9 +114,9 @@ def test_chat(folder: Path, speech: tuple[Path, Path], monkeypatch: pytest.Monke
     counts: list[int] = []
     program = audio.encode_clips
 
-    def counting(module: Any, variables: Any, features: Any, frames: Any, count: Any) -> Any:
+    def counting(module: Any, variables: Any, features: Any, frames: Any, count: Any, **static: Any) -> Any:
         counts.append(int(count))
-        return program(module, variables, features, frames, count)
+        return program(module, variables, features, frames, count, **static)
 
     monkeypatch.setattr(audio, "encode_clips", counting)
     model, processor = AutoModelForSeq2SeqLM.from_pretrained(folder), load_processor(folder)

@@ -56,9 +56,9 @@ def encoded(monkeypatch) -> list[int]:
     counts: list[int] = []
     program = audio.encode_clips
 
-    def counting(module: Any, variables: Any, features: Any, frames: Any, count: Any) -> Any:
+    def counting(module: Any, variables: Any, features: Any, frames: Any, count: Any, **static: Any) -> Any:
         counts.append(int(count))
-        return program(module, variables, features, frames, count)
+        return program(module, variables, features, frames, count, **static)
 
     monkeypatch.setattr(audio, "encode_clips", counting)
     return counts
