@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from flaxqwen.cache import grow_cache
 from flaxqwen.config import Qwen2AudioConfig
@@ -34,7 +35,12 @@ def config_dict(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def models():
-    """(transformers model, our module, params)."""
+    """(transformers model, our module, params); one for all files that import this."""
+    return make_models()
+
+
+@cache
+def make_models():
     import transformers
 
     torch.manual_seed(0)
@@ -154,14 +160,15 @@ def test_encoder_projector_and_merged_embeddings(models, rng):
         for found, reference in zip(whole[kind], wanted[kind], strict=True):
             close(found, reference)
     model = Qwen2AudioModel(module.config)
-    ours = model.apply({"params": params["model"]}, features, frames, method="encode")
+    apply = jax.jit(partial(model.apply, {"params": params["model"]}), static_argnames=("method", "positions"))
+    ours = apply(features, frames, method="encode")
     close(ours, projected, where=valid)
     # As many positions as the clips but the first, which is of full length, take, and one: what is audio is the same.
     count = min(int(positions[1:].max()) + 1, FRAMES // 2)
-    short = model.apply({"params": params["model"]}, features[1:], frames[1:], positions=count, method="encode")
+    short = apply(features[1:], frames[1:], positions=count, method="encode")
     assert short.shape[1] == count // 2
     close(short, projected[1:, : count // 2], where=valid[1:, : count // 2])
-    merged = model.apply({"params": params["model"]}, inputs["input_ids"], ours, frames, method="merge")
+    merged = apply(inputs["input_ids"], ours, frames, method="merge")
     close(merged, embeds)
 
 
@@ -203,11 +210,23 @@ def test_steps_with_a_cache(models, rng):
     assert first.logits.shape[1] == 1
     close(first.logits, theirs_of(models[0], **inputs).logits[:, -1:])
     cache = grow_cache(first.past_key_values, capacity=first.past_key_values.capacity + 8)
-    step = module.apply(
-        {"params": params}, extra, attention_mask=whole["attention_mask"],
+    step = jax.jit(partial(module.apply, {"params": params}))(
+        extra, attention_mask=whole["attention_mask"],
         position_ids=whole["position_ids"][:, -1:], past_key_values=cache,
     )  # fmt: skip
     close(step.logits, wanted)
+
+
+def test_real_inputs(shared):
+    """Of the official repository's demo: prompts of one token a clip, and clips of 9 s and 25 s."""
+    for name, frames in (("official_repo_tensordata", 900), ("official_repo_tensordata_1", 2500)):
+        inputs = load_file(shared / f"data/qwen2_audio_inputs/{name}.safetensors")
+        older, mask = inputs["input_ids"], inputs["feature_attention_mask"]
+        assert mask.sum(-1).tolist() == [frames]
+        prompt = expand_audio_tokens(older, mask, 151646, inputs["attention_mask"])
+        check_audio_tokens(prompt.input_ids, mask, 151646)
+        assert prompt.input_ids.shape[1] == older.shape[1] - 1 + frames // 4
+        assert [i for i in prompt.input_ids[0] if i != 151646] == [i for i in older[0] if i != 151646]
 
 
 def test_bad_input(models, rng):
