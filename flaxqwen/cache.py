@@ -126,7 +126,8 @@ class KVCache(flax.struct.PyTreeNode):
         """Each row n times, next to itself: [B, ...] -> [B n, ...]."""
         if n == 1:
             return self
-        layers, length = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), (self.layers, self.length))
+        layers = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), self.layers)
+        length = jnp.repeat(self.length, n) if self.length.ndim else self.length  # after a part of a prompt: a scalar
         return self.replace(layers=layers, length=length)
 
 
