@@ -51,17 +51,19 @@ def model_info(config: Any) -> dict[str, Any]:
       ValueError: a config that no module is for.
     """
     module = module_of(config)
-    config = module.config
-    dtype = config.dtype or "float32"  # as Transformers takes a config without one
+    whole = module.config
+    dtype = whole.dtype or "float32"  # as Transformers takes a config without one
+    config, audio = whole.get_text_config(), getattr(whole, "audio_config", None)
     shapes = param_shapes(module)
     parameters = sum(map(math.prod, shapes.values()))
-    weight_bytes = size_of_weights(shapes, dtype, config.quantization_config)
+    quantization = whole.quantization_config
+    weight_bytes = size_of_weights(shapes, dtype, quantization)
     lengths = [n for n in CONTEXTS if n < config.context_length] + [config.context_length]
     caches = {n: cache_bytes(config, n, dtype) for n in lengths}
-    quantization = config.quantization_config
     return {
         "architecture": type(module).__name__,
-        "model_type": config.model_type,
+        "model_type": whole.model_type,
+        "audio_encoder": audio and {"layers": audio.encoder_layers, "width": audio.d_model},
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -69,7 +71,7 @@ def model_info(config: Any) -> dict[str, Any]:
         "key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
-        "tied_embeddings": config.tie_word_embeddings,
+        "tied_embeddings": config.tie_word_embeddings and audio is None,
         "rope": config.rope_parameters.rope_type,
         "sliding_window": config.sliding_window,
         "context_length": config.context_length,
@@ -130,6 +132,8 @@ def print_info(name: str, values: dict[str, Any]) -> None:
         "weights": f"{format_bytes(values['weight_bytes'])} in {values['dtype']}",
         "KV cache": f"{format_bytes(values['kv_cache_bytes_per_token'])} a token",
     }
+    if (audio := values["audio_encoder"]) is not None:
+        rows["audio encoder"] = f"{audio['layers']} layers of width {audio['width']:,}"
     if values["quantized_to"]:
         rows["weights"] = f"{format_bytes(values['weight_bytes'])} in {values['quantized_to']} and {values['dtype']}"
     elif values["quantization"]:
@@ -153,6 +157,8 @@ def mesh_info(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
     Raises:
       ValueError: sizes that are not all given; quantized weights.
     """
+    if not isinstance(config, Qwen2Config):
+        raise ValueError(f"model_type {config.model_type!r} does not run on a mesh yet: leave out --mesh")
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
     if min(sizes.values()) < 1:
         raise ValueError("info shows any number of devices: give the sizes of the mesh, none of them -1")

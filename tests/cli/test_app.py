@@ -145,6 +145,7 @@ def test_info_counts_what_the_model_has(run: Run, random_model: Path):
         ("Qwen2.5-0.5B-Instruct", 494_032_768, [2048, 8192, 32768]),  # numbers of the models' cards and of the hub
         ("Qwen2.5-7B-Instruct", 7_615_616_512, [2048, 8192, 32768]),
         ("Qwen2-7B", 7_615_616_512, [2048, 8192, 32768, 131072]),
+        ("Qwen2-Audio-7B", 8_397_094_912, [2048, 8192]),
     ],
 )
 def test_info_of_real_models(run: Run, shared: Path, name: str, parameters: int, contexts: list[int]):
