@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -32,6 +33,7 @@ from flaxqwen.generation.generate import generate, stream
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, bucket, check_token_ids
 from flaxqwen.generation.outputs import compute_transition_scores
 from flaxqwen.generation.streamers import Stream
+from flaxqwen.generation.warmup import warmup
 from flaxqwen.models.audio_inputs import check_audio_tokens
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration
@@ -122,6 +124,14 @@ class Model(AdapterMethods):
         """
         model = self._with_names(inputs, generation_config, options)
         return stream(model._causal_lm(), inputs, generation_config, *arguments, **options)
+
+    def warmup(self, batch_sizes: Sequence[int], prompt_lengths: Sequence[int], **options: Any) -> None:
+        """Compile what later calls of generate() need; see flaxqwen.generation.warmup.
+
+        Raises:
+          TypeError: the model has no language-model head.
+        """
+        warmup(self._causal_lm(), batch_sizes, prompt_lengths, **options)
 
     def compute_transition_scores(
         self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False

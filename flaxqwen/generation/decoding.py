@@ -107,11 +107,11 @@ def run(
     ask = HostCriteria(stopping.host, request.repeat(copies).input_ids, options.max_new_tokens, options.output_scores)
     room, length = options.max_new_tokens + steps, request.length
 
-    def bounded(state: loop.DecodeState, dispatched: int) -> loop.DecodeState:
-        return state.replace(cache=_bounded(state.cache, length + dispatched + steps))
+    def ready(state: loop.DecodeState, dispatched: int) -> loop.DecodeState:
+        return state.replace(cache=bounded(state.cache, length + dispatched + steps))
 
     def lower_decode(state: loop.DecodeState) -> jax.stages.Lowered:
-        return loop.decode.lower(model.module, model.variables, bounded(state, 1), choice, steps=steps, **keep)
+        return loop.decode.lower(model.module, model.variables, ready(state, 1), choice, steps=steps, **keep)
 
     follow = lower_decode if programs is loop and options.max_new_tokens > 1 and _compiles_ahead(model, cache) else None
     state, output = start(
@@ -122,7 +122,7 @@ def run(
     finished = np.zeros(len(request.input_ids) * copies, bool)
     while done < options.max_new_tokens and not finished.all():
         while dispatched < options.max_new_tokens and len(queue) <= ahead:
-            state = bounded(state, dispatched)
+            state = ready(state, dispatched)
             state, output = programs.decode(model.module, model.variables, state, choice, steps=steps, **keep)
             queue.append(output)
             dispatched += steps
@@ -175,13 +175,13 @@ def start(
     for _ in range(chunks):
         stop = request.cached + chunk
         prompt = make_prompt(request, chunk, capacity, stop)
-        cache = None if cache is None else _bounded(cache, stop)
+        cache = None if cache is None else bounded(cache, stop)
         cache = loop.fill(model.module, model.variables, prompt, cache, **shape)
         request = replace(request, cached=stop)
     if chunks and copies > 1:  # the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
     prompt = make_prompt(request, tokens, capacity)
-    cache = None if cache is None else _bounded(cache, request.cached + tokens)
+    cache = None if cache is None else bounded(cache, request.cached + tokens)
     arguments = (model.module, model.variables, prompt, choice, cache)
     static |= {"copies": copies, **shape}
     if follow is None:
@@ -202,7 +202,7 @@ def _compiles_ahead(model: CausalLM, cache: KVCache | None) -> bool:
     return platform(model.params) == "cpu" and is_free and cache is None
 
 
-def _bounded(cache: KVCache, length: int) -> KVCache:
+def bounded(cache: KVCache, length: int) -> KVCache:
     """The cache, of which attention reads `length` slots, in a bucket."""
     return cache.replace(bound=min(bucket(length, SMALLEST_CACHE), cache.capacity))
 
