@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
-from tests.reference import counted_compilations, padded_mask, pair, random_ids
+from tests.reference import counted_compilations, padded_mask, pair, random_ids, tiny
 
 # Of no other test: its programs are compiled here.
 OWN = {"vocab_size": 337, "max_position_embeddings": 2048, "num_hidden_layers": 1}
@@ -38,6 +43,35 @@ def test_calls_of_these_shapes_compile_nothing(rng, model):
             mask = padded_mask([length, length - 4], length, "left")
             model.generate(random_ids(rng, (2, length), 337), attention_mask=mask, **changed)
     assert not compiled
+
+
+OTHER_PROCESS = """
+import json, sys
+from flaxqwen.cli.entry import keep_compiled_programs
+keep_compiled_programs()
+import jax
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rsplit("/")[-1]))
+from flaxqwen import AutoModelForCausalLM, Qwen2Config
+method, config, arguments, options = map(json.loads, sys.argv[1:])
+model = AutoModelForCausalLM.from_config(Qwen2Config.from_dict(config))
+events.clear()
+getattr(model, method)(*arguments, **options)
+print(events.count("cache_hits"), events.count("cache_misses"))
+"""
+
+
+def test_another_process_finds_them_in_the_cache(rng, tmp_path):
+    """One process warms up, the next one generates: from JAX's persistent cache, as the command line sets it up."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMP")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path)}
+    counts = []
+    for method, arguments in (("warmup", [[1], [7]]), ("generate", [random_ids(rng, (1, 7)).tolist()])):
+        texts = [json.dumps(part) for part in (method, tiny(num_hidden_layers=1), arguments, {"max_new_tokens": 6})]
+        command = [sys.executable, "-c", OTHER_PROCESS, *texts]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        counts.append(tuple(map(int, done.stdout.split())))
+    assert counts == [(0, 2), (2, 0)]
 
 
 @pytest.mark.parametrize(
