@@ -45,6 +45,26 @@ def test_calls_of_these_shapes_compile_nothing(rng, model):
     assert not compiled
 
 
+OPTIONS = {
+    "chunks": {"prefill_chunk_size": 16},
+    "copies-in-chunks": {"prefill_chunk_size": 16, "num_return_sequences": 2, "do_sample": True},
+    "int8-cache": {"cache_dtype": "int8"},
+    "guidance": {"guidance_scale": 1.5},
+    "log-probabilities": {"return_dict_in_generate": True, "top_logprobs": 3},
+    "one-token": {"max_new_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_that_make_programs(rng, model, options):
+    """Prompts in parts, other caches, rows that are repeated or guided: nothing is left to compile."""
+    chosen = {"max_new_tokens": 6} | OPTIONS[options]
+    model.warmup([1], [40], **chosen)
+    with counted_compilations() as compiled:
+        model.generate(random_ids(rng, (1, 40), 337), **chosen)
+    assert not compiled
+
+
 OTHER_PROCESS = """
 import json, sys
 from flaxqwen.cli.entry import keep_compiled_programs
