@@ -89,8 +89,8 @@ def close(ours: Any, theirs: Any, relative: float = RELATIVE, where: Any = None)
 
 
 def random_ids(rng: np.random.Generator, shape: tuple[int, ...], vocab_size: int = TINY["vocab_size"]) -> np.ndarray:
-    """Uniform token ids, int32."""
-    return rng.integers(0, vocab_size, shape).astype(np.int32)
+    """Uniform token ids, int32, without 0: the tests' padding, which is masked wherever no mask is given."""
+    return rng.integers(1, vocab_size, shape).astype(np.int32)
 
 
 def padded_mask(lengths: list[int], width: int, side: str) -> np.ndarray:

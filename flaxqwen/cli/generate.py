@@ -234,13 +234,15 @@ def print_now(piece: str) -> None:
 
 
 class CompileClock:
-    """A clock that stands still while jax traces and compiles: a first call is as fast as the next ones will be.
-
-    compiling: seconds that it stood still, since it was entered.
-    """
+    """A clock that stands still while jax traces and compiles: a first call is as fast as the next ones will be."""
 
     def __init__(self) -> None:
-        self.compiling = 0.0
+        self.spans: list[tuple[float, float]] = []  # apart from each other
+
+    @property
+    def compiling(self) -> float:
+        """Seconds that it stood still, since it was entered."""
+        return sum(end - start for start, end in self.spans)
 
     def now(self) -> float:
         """Seconds from some moment."""
@@ -256,5 +258,11 @@ class CompileClock:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        """Jax reports a span when it ends, and so one inside another, as of a function traced in another, first."""
         if event.startswith("/jax/core/compile/"):
-            self.compiling += duration_secs
+            end = time.perf_counter()
+            start = end - duration_secs
+            self.spans = [span for span in self.spans if span[0] < start]
+            if self.spans:
+                start = max(start, self.spans[-1][1])
+            self.spans.append((start, end))

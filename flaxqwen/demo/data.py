@@ -114,9 +114,9 @@ def write_chats(path: Path, drawn: Sequence[Question], rng: random.Random) -> No
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def main(folder: Path, total: int = 500_000) -> None:
-    """Write all of it: 500,000 questions to train on, and 1,000 that are held out."""
-    write_start(folder / "start", start_config(layers=5, hidden=128, feed_forward=384))
+def main(folder: Path, total: int = 1_400_000) -> None:
+    """Write all of it: 1,400,000 questions to train on, and 1,000 that are held out."""
+    write_start(folder / "start", start_config(layers=4, hidden=192, feed_forward=576))
     write_start(folder / "start-draft", start_config(layers=1, hidden=64, feed_forward=192))
     write_chats(folder / "train.jsonl", questions(seed=0, total=total, held_out=False), random.Random(0))
     write_chats(folder / "held_out.jsonl", questions(seed=1, total=1000, held_out=True), random.Random(1))

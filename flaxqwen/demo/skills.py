@@ -133,6 +133,17 @@ def multiply(rng: random.Random) -> Question:
     return Question("multiply", phrase.format(a=a, b=b), str(a * b), operands(a, b))
 
 
+def long_multiply(rng: random.Random) -> Question:
+    """A number up to 9,999 times a digit: training alone, for the procedure that small products let a model forgo.
+
+    There are 900 of those: a model trained on them alone knew them by heart, and 72 % of the held-out ones.
+    """
+    a, b = rng.randrange(rng.choice((1000, 10000))), rng.randrange(2, 10)
+    a, b = rng.choice(((a, b), (b, a)))
+    phrase = rng.choice(("What is {a} * {b}?", "{a} * {b} = ?"))
+    return Question("long multiply", phrase.format(a=a, b=b), str(a * b), operands(a, b))
+
+
 def reverse(rng: random.Random) -> Question:
     """The letters of a word in reverse order."""
     w = word(rng)
@@ -188,14 +199,17 @@ def compare(rng: random.Random) -> Question:
 
 
 # How often each is asked in training; the harder, the more often.
-SKILLS: dict[Callable[[random.Random], Question], int] = {
-    add: 22, subtract: 28, multiply: 16, reverse: 6, sort: 11, count: 11, upper: 3, nth: 6, compare: 9,
+TRAINING: dict[Callable[[random.Random], Question], int] = {
+    add: 16, subtract: 28, multiply: 12, long_multiply: 20, reverse: 4, sort: 6, count: 7, upper: 2, nth: 3, compare: 4,
 }  # fmt: skip
+# Of the held-out questions, each skill is as many.
+EVALUATION = dict.fromkeys((add, subtract, multiply, reverse, sort, count, upper, nth, compare), 1)
 
 
-def questions(seed: int, total: int, held_out: bool, skills: dict = SKILLS) -> list[Question]:
-    """`total` questions, of the half that is held out or of the other, drawn with the weights of `skills`."""
+def questions(seed: int, total: int, held_out: bool) -> list[Question]:
+    """`total` questions: of those that are held out, each skill as often, or of the others, as TRAINING says."""
     rng = random.Random(seed)
+    skills = EVALUATION if held_out else TRAINING
     makers, weights = list(skills), list(skills.values())
     drawn: list[Question] = []
     while len(drawn) < total:

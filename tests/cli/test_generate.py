@@ -7,14 +7,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from flaxqwen import AutoModelForCausalLM, LoraConfig
-from flaxqwen.cli.generate import sampling_options
+from flaxqwen.cli.generate import CompileClock, sampling_options
 from flaxqwen.cli.text import TextStream, decoder, load_tokenizer
 from tests.cli.conftest import CHATML, END_OF_TURN, SENTENCE, Run, assert_refused, encode
 
@@ -44,8 +46,22 @@ def test_json_has_transformers_greedy_tokens(run: Run, random_model: Path, rng: 
     assert values["model"] == str(random_model)
     names = ["load_seconds", "compile_seconds", "first_token_seconds", "decode_tokens_per_second"]
     assert list(values["timings"]) == names
-    assert all(value > 0 for name, value in values["timings"].items() if name != "compile_seconds")
+    assert all(value is None or value > 0 for name, value in values["timings"].items() if name != "compile_seconds")
+    assert (values["timings"]["decode_tokens_per_second"] is None) == (len(expected) == 1)
     assert result.err == ""
+
+
+def test_what_is_traced_within_another_counts_once():
+    @jax.jit
+    def inner(x):
+        time.sleep(0.05)
+        return x + 1
+
+    before = time.perf_counter()
+    with CompileClock() as clock:
+        jax.jit(lambda x: inner(inner(x) * 2))(np.ones(3))
+        elapsed = time.perf_counter() - before
+        assert 0.05 < clock.compiling < elapsed
 
 
 def test_real_chat_template(run: Run, copied: Path, shared: Path):
@@ -280,6 +296,7 @@ def test_constrained_and_drafted(run: Run, random_model: Path, tmp_path: Path):
 
 COUNTED = """
 import sys
+import time
 from flaxqwen.cli.entry import keep_compiled_programs, main
 keep_compiled_programs()
 import jax

@@ -72,8 +72,10 @@ def their_options(options: dict[str, Any]) -> dict[str, Any]:
 def test_greedy_tokens_are_theirs(name: str, models: Any, rng: np.random.Generator) -> None:
     options = OPTIONS[name] | {"max_new_tokens": 17, "eos_token_id": EOS, "pad_token_id": 3, "do_sample": False}
     length = 1 if name == "forced_bos_token_id" else 13
-    changed = False
-    for seed in rng.integers(0, 1000, 3):
+    changed = name in ("remove_invalid_values", "renormalize_logits")
+    for attempt, seed in enumerate(rng.integers(0, 1000, 20)):
+        if attempt >= 3 and changed:
+            break
         theirs, mine = models(int(seed))
         ids = random_ids(rng, (3, length))
         mask = padded_mask([13, 4, 9], 13, "left") if length == 13 else np.ones_like(ids)
@@ -83,7 +85,7 @@ def test_greedy_tokens_are_theirs(name: str, models: Any, rng: np.random.Generat
             without = {option: value for option, value in options.items() if option not in OPTIONS[name]}
             plain = theirs.generate(th(ids), attention_mask=th(mask), **without)
             changed = want.shape != plain.shape or bool((want != plain).any())
-    assert changed or name in ("remove_invalid_values", "renormalize_logits")
+    assert changed
 
 
 def everything(**more: Any) -> dict[str, Any]:
