@@ -145,21 +145,16 @@ def plan(config: Qwen2Config | Qwen2AudioConfig, chip: Chip, mesh: Mesh, batch: 
     """What is to be compiled: the language model of a config, in its dtype.
 
     Raises:
-      ValueError: a context beyond the model's; Qwen2-Audio on several chips.
+      ValueError: a context beyond the model's.
     """
     text = config.get_text_config()
     if context > text.context_length:
         raise ValueError(f"context is {context}; the model's is {text.context_length}")
     dtype = parse_dtype(config.dtype) or np.dtype("float32")
-    if text is config:
-        module = AutoModelForCausalLM.module_of(config, dtype, mesh)
-        sharding = module_sharding(module)
-        assert sharding is not None
-        return Plan(module, chip, batch, context, sharding)
-    if mesh.size > 1:
-        raise ValueError("Qwen2-Audio does not run on a mesh yet: compile it for one chip, --mesh tensor=1")
-    module = AutoModelForSeq2SeqLM.module_of(config, dtype)
-    return Plan(module, chip, batch, context, Sharding.fit(mesh, text))
+    module = (AutoModelForCausalLM if text is config else AutoModelForSeq2SeqLM).module_of(config, dtype, mesh)
+    sharding = module_sharding(module)
+    assert sharding is not None
+    return Plan(module, chip, batch, context, sharding)
 
 
 def compile_decode(made: Plan) -> Program:
@@ -206,6 +201,7 @@ def compile_encoder(made: Plan) -> dict[str, Any]:
     memory: Any = compiled.memory_analysis()
     temporaries, outputs = memory.temp_size_in_bytes, memory.output_size_in_bytes
     flops = 4.0 * positions**2 * audio.d_model * audio.encoder_layers  # of attention
+    flops /= _parts(made, "heads", audio.encoder_attention_heads)
     flops += 2.0 * positions * _hearing_bytes(made) / np.dtype(made.module.param_dtype).itemsize
     times = (_hearing_bytes(made) / made.chip.bandwidth, flops / made.chip.flops)
     return {
@@ -224,9 +220,10 @@ def _hears(path: tuple[str, ...]) -> bool:
 
 
 def _hearing_bytes(made: Plan) -> int:
-    """Bytes of those parameters."""
-    shapes = (shape for path, shape in param_shapes(made.module).items() if _hears(path))
-    return sum(map(math.prod, shapes)) * np.dtype(made.module.param_dtype).itemsize
+    """Bytes of those parameters on a chip."""
+    read = ((path, shape) for path, shape in param_shapes(made.module).items() if _hears(path))
+    parts = (math.prod(made.sharding.of_parameter(path, shape).shard_shape(shape)) for path, shape in read)
+    return sum(parts) * np.dtype(made.module.param_dtype).itemsize
 
 
 def _compile(made: Plan, lowered: Any, tokens: int) -> Program:
@@ -317,7 +314,7 @@ def _bytes_read(made: Plan) -> float:
     """Bytes that a step reads of a chip's HBM: the weights, but for a table that is only looked up, and the cache."""
     places = param_shapes(made.module).items()
     read = [(path, shape) for path, shape in places if _is_multiplied(made, path)]
-    parts = (math.prod(_place(made, path, shape).shard_shape(shape)) for path, shape in read)
+    parts = (math.prod(made.sharding.of_parameter(path, shape).shard_shape(shape)) for path, shape in read)
     return sum(parts) * np.dtype(made.module.param_dtype).itemsize + _bytes_of(_state(made).cache.layers)
 
 
@@ -326,7 +323,7 @@ def _flops(made: Plan, rows: float, last: float) -> float:
     config, total = made.config, 0.0
     for path, shape in param_shapes(made.module).items():
         if len(shape) == 2 and _is_multiplied(made, path):
-            part = math.prod(_place(made, path, shape).shard_shape(shape))
+            part = math.prod(made.sharding.of_parameter(path, shape).shard_shape(shape))
             total += part * (last if path[-2] in ("embed_tokens", "lm_head") else rows)
     heads = config.num_attention_heads / _parts(made, "heads", config.num_attention_heads)
     return 2 * (total + 2 * rows * heads * config.head_dim * made.context * config.num_hidden_layers)
@@ -335,13 +332,6 @@ def _flops(made: Plan, rows: float, last: float) -> float:
 def _is_multiplied(made: Plan, path: tuple[str, ...]) -> bool:
     """Whether a step multiplies with a parameter, and so reads all of it."""
     return not _hears(path) and (path[-2] != "embed_tokens" or made.config.tie_word_embeddings)
-
-
-def _place(made: Plan, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter lies; of Qwen2-Audio, on one chip."""
-    if isinstance(made.module.config, Qwen2AudioConfig):
-        return NamedSharding(made.sharding.mesh, PartitionSpec())
-    return made.sharding.of_parameter(path, shape)
 
 
 def _bytes_of(tree: Any) -> int:
@@ -381,7 +371,7 @@ def _params(made: Plan) -> dict[str, Any]:
     shapes = jax.eval_shape(made.module.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
 
     def place(keys: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = _place(made, tuple(key.key for key in keys), leaf.shape)
+        sharding = made.sharding.of_parameter(tuple(key.key for key in keys), leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map_with_path(place, shapes)

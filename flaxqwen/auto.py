@@ -41,7 +41,7 @@ from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
 from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration, Qwen2AudioModel
 from flaxqwen.native import is_native, restore_native
 from flaxqwen.quantization import quantization_of, quantize_params
-from flaxqwen.sharding import Sharding, module_sharding
+from flaxqwen.sharding import TOWER, Sharding, module_sharding
 
 MeshAxes = Mapping[str, tuple[str, ...]]
 
@@ -206,7 +206,7 @@ class _AutoModel:
         """The Linen module for a config; on a mesh, its own config has the heads that fit there.
 
         Raises:
-          ValueError: a model_type that this class does not load, or not onto a mesh.
+          ValueError: a model_type that this class does not load.
         """
         kind = config.model_type
         if kind not in cls.modules:
@@ -215,11 +215,9 @@ class _AutoModel:
             raise ValueError(f"{cls.__name__} does not load model_type {kind!r}{other}; it loads {known}")
         if mesh is None:
             return cls.modules[kind](config, param_dtype=param_dtype)
-        if not isinstance(config, Qwen2Config):
-            raise ValueError(f"model_type {kind!r} does not run on a mesh yet: leave mesh out")
+        assert isinstance(config, Qwen2Config | Qwen2AudioConfig)
         sharding = Sharding.fit(mesh, config, mesh_axes)
-        config = sharding.heads.replace_in(config)
-        return cls.modules[kind](config, param_dtype=param_dtype, sharding=sharding)
+        return cls.modules[kind](sharding.heads.replace_in(config), param_dtype=param_dtype, sharding=sharding)
 
     @classmethod
     def _untied(cls, config: PretrainedConfig, checkpoint: Checkpoint) -> PretrainedConfig:
@@ -331,7 +329,8 @@ def draw_params(
         else:
             zero_row = getattr(config, "pad_token_id", None) if owner == "embed_tokens" else None
             own_key = jax.random.fold_in(key, zlib.crc32(to_name(path).encode()))
-            place = None if sharding is None else (path[-2:], sharding)
+            end = path[-2:] if TOWER not in path else (TOWER, *path[-2:])  # one program for all layers
+            place = None if sharding is None else (end, sharding)
             leaves[path] = _draw_normal(own_key, stddev, shape=shape, dtype=dtype, zero_row=zero_row, place=place)
     return flax.traverse_util.unflatten_dict(leaves)
 

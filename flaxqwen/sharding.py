@@ -20,15 +20,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxqwen.cache import LayerCache
-from flaxqwen.config import Qwen2Config
+from flaxqwen.config import Qwen2AudioConfig, Qwen2Config
 from flaxqwen.convert.names import Path, to_name
 
 T = TypeVar("T")
+Config = Qwen2Config | Qwen2AudioConfig
 Axes = tuple[str | None, ...]
 
 MESH_AXES = ("data", "fsdp", "tensor")
+TOWER = "audio_tower"  # of Qwen2-Audio: its heads are never padded or repeated
 
-# Logical axes of parameters, by tensor name; the first pattern that fits.
+# Logical axes of parameters, by tensor name; the first pattern that fits. Those of Qwen2-Audio's tower have names of
+# their own but for q, k and v, whose heads lie as the decoder's.
 PARAMETER_RULES: tuple[tuple[str, Axes], ...] = (
     ("*embed_tokens.weight", ("vocab", "embed")),
     ("*lm_head.weight", ("vocab", "embed")),
@@ -40,11 +43,17 @@ PARAMETER_RULES: tuple[tuple[str, Axes], ...] = (
     ("*gate_proj.weight", ("mlp", "embed")),
     ("*up_proj.weight", ("mlp", "embed")),
     ("*down_proj.weight", ("embed", "mlp")),
+    ("*out_proj.weight", ("embed", "heads")),
+    ("*fc1.weight", ("mlp", "embed")),
+    ("*fc1.bias", ("mlp",)),
+    ("*fc2.weight", ("embed", "mlp")),
+    ("*conv[12].weight", (None, None, None)),
+    ("*embed_positions.weight", (None, "embed")),
+    ("*linear.weight", (None, "embed")),
     ("*norm.weight", (None,)),
     ("*score.weight", (None, "embed")),
-    ("*score.bias", (None,)),
     ("*qa_outputs.weight", (None, "embed")),
-    ("*qa_outputs.bias", (None,)),
+    ("*.bias", (None,)),
 )
 
 # The axes of the mesh that a logical axis is cut along. An axis whose length they do not divide is cut along the first
@@ -150,19 +159,20 @@ class HeadLayout:
         """Whether heads are just as in the checkpoint."""
         return not self.is_padded and self.repeats == 1
 
-    def replace_in(self, config: Qwen2Config) -> Qwen2Config:
-        """The config of a module that has the heads of this layout."""
+    def replace_in(self, config: Config) -> Config:
+        """The config of a module whose decoder has the heads of this layout."""
         if self.is_identity:
             return config
         heads, kv_heads = len(self.queries), len(self.keys)
-        return dataclasses.replace(
-            config, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=self.head_dim
+        text = dataclasses.replace(
+            config.get_text_config(), num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=self.head_dim
         )
+        return text if isinstance(config, Qwen2Config) else dataclasses.replace(config, text_config=text)
 
     def sources(self, path: Path) -> tuple[int, tuple[int, ...]] | None:
         """The axis of a parameter that heads lie on, and the checkpoint's head in each place; None where none does."""
         owner, leaf = path[-2:] if len(path) > 1 else ("", "")
-        if self.is_identity or leaf not in ("weight", "bias"):
+        if self.is_identity or leaf not in ("weight", "bias") or TOWER in path:
             return None
         places = {"q_proj": (0, self.queries), "k_proj": (0, self.keys), "v_proj": (0, self.keys)}
         return (1, self.queries) if (owner, leaf) == ("o_proj", "weight") else places.get(owner)
@@ -217,7 +227,7 @@ class Sharding:
     axes: tuple[tuple[str, tuple[str, ...]], ...] = tuple(LOGICAL_AXES.items())
 
     @classmethod
-    def fit(cls, mesh: Mesh, config: Qwen2Config, axes: Mapping[str, tuple[str, ...]] | None = None) -> Sharding:
+    def fit(cls, mesh: Mesh, config: Config, axes: Mapping[str, tuple[str, ...]] | None = None) -> Sharding:
         """The sharding of a config's model; `axes` goes over LOGICAL_AXES.
 
         Raises:
@@ -231,7 +241,7 @@ class Sharding:
                 if name not in mesh.axis_names:
                     raise ValueError(f"axis {name!r}, of {logical!r}, is not in the mesh, which has {mesh.axis_names}")
         parts = math.prod(mesh.shape[name] for name in merged["kv_heads"])
-        return cls(mesh, HeadLayout.fit(config, parts), axes=tuple(merged.items()))
+        return cls(mesh, HeadLayout.fit(config.get_text_config(), parts), axes=tuple(merged.items()))
 
     def spec(self, logical: Axes, shape: tuple[int, ...]) -> PartitionSpec:
         """Where an array of `shape` lies, given the logical axis of each of its axes (None: whole on every device)."""

@@ -17,12 +17,14 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 import jax
 import numpy as np
 
-from flaxqwen import AutoModelForCausalLM, make_mesh
+from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, make_mesh
 from flaxqwen.generation import loop
 
 MESHES = {"8x1": (8, 1, 1), "1x8": (1, 1, 8), "2x4": (2, 1, 4), "4x2": (4, 1, 2), "fsdp": (1, 4, 2)}
 # Where beams, sampling and what users see of heads run too: heads are padded and repeated, and rows cut, there.
 EVERYTHING = ("2x4",)
+# Where Qwen2-Audio runs: heads are padded, clips and weights are cut.
+HEARING = ("2x4", "fsdp")
 # Whose decoding programs are looked at.
 DECODING = ("1x8", "2x4", "4x2")
 NEW = 8
@@ -42,7 +44,20 @@ def main(folder: Path) -> None:
         results |= {f"{kind}/{name}": value for kind, value in found.items()}
         if name in DECODING:
             programs[f"hlo/{name}"] = decode_program(model, inputs)
+    for name in ("one", *HEARING):
+        found = hear(folder / "audio", None if name == "one" else make_mesh(*MESHES[name]))
+        results |= {f"{kind}/{name}": value for kind, value in found.items()}
     np.savez(folder / "results.npz", **results, **programs)
+
+
+def hear(folder: Path, mesh: Any) -> dict[str, np.ndarray]:
+    """Qwen2-Audio: forward and greedy decoding of rows with clips; saves the weights into a folder."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, mesh=mesh)
+    prompts = dict(np.load(folder / "inputs.npz"))
+    greedy = model.generate(**prompts, max_new_tokens=NEW, do_sample=False)
+    if mesh is not None:
+        model.save_pretrained(folder / "saved", to="pytorch")
+    return {"heard": np.asarray(model(**prompts).logits), "answer": greedy}
 
 
 def run(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

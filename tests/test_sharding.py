@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flaxqwen import AutoModelForCausalLM, Qwen2Config, make_mesh
+from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Qwen2AudioConfig, Qwen2Config, make_mesh
 from flaxqwen.auto import param_shapes
 from flaxqwen.cli import main
 from flaxqwen.convert import open_checkpoint, save_params
@@ -27,8 +27,9 @@ from flaxqwen.convert.names import to_name
 from flaxqwen.convert.shards import Counter as Bytes
 from flaxqwen.loading import ShardReader, read_part
 from flaxqwen.sharding import HeadLayout, Sharding
-from tests.mesh_worker import DECODING, EVERYTHING, MESHES, NEW
-from tests.reference import close, padded_mask, random_ids, tiny, torch_model
+from tests.mesh_worker import DECODING, EVERYTHING, HEARING, MESHES, NEW
+from tests.models.test_qwen2_audio import CLIPS, config_dict, expanded, older_prompt
+from tests.reference import close, padded_mask, random_ids, th, tiny, torch_model
 
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch: pip install flaxqwen[test]")
 
@@ -52,6 +53,7 @@ def worker(tmp_path_factory) -> dict[str, np.ndarray]:
     mask = padded_mask([9, 7, 9, 4, 9, 9, 5, 8], 9, "left")
     bias = np.where(np.tril(np.ones((9, 9), bool)), rng.normal(size=(8, 14, 9, 9)), -np.inf).astype(np.float32)
     np.savez(folder / "inputs.npz", ids=ids, mask=mask, bias=bias)
+    audio = write_audio(folder / "audio", rng)
     command = [sys.executable, "-m", "tests.mesh_worker", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -63,7 +65,27 @@ def worker(tmp_path_factory) -> dict[str, np.ndarray]:
             tokens, attention_mask=seen, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
         )
     reference = {"theirs/logits": logits.numpy(), "theirs/greedy": greedy.numpy(), "mask": mask, "folder": folder}
-    return {**np.load(folder / "results.npz"), **reference}
+    return {**np.load(folder / "results.npz"), **reference, **audio}
+
+
+def write_audio(folder: Path, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A Qwen2-Audio whose decoder has the heads of CONFIG, four rows with clips, and Transformers' logits for them."""
+    import transformers
+
+    values = {name: value for name, value in config_dict().items() if name != "model_type"}
+    values["text_config"] = CONFIG | {"max_position_embeddings": 512}
+    torch.manual_seed(int(rng.integers(2**31)))
+    theirs = transformers.Qwen2AudioForConditionalGeneration(transformers.Qwen2AudioConfig(**values)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(folder)
+    rows = expanded(older_prompt(rng, CLIPS[2], "left"))
+    inputs = {name: rows[name] for name in ("input_ids", "attention_mask", "input_features", "feature_attention_mask")}
+    np.savez(folder / "inputs.npz", **inputs)
+    with torch.no_grad():
+        logits = theirs(**{name: th(value) for name, value in inputs.items()}).logits
+    return {"theirs/heard": logits.numpy(), "heard/mask": inputs["attention_mask"]}
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -94,6 +116,17 @@ def test_heads_show_as_in_the_checkpoint(worker, mesh):
         assert sorted(stored.tensors) == sorted(saved.tensors)
         for name in stored.tensors:
             assert np.array_equal(stored.read(name), saved.read(name)), name
+
+
+@pytest.mark.parametrize("mesh", HEARING)
+def test_audio(worker, mesh):
+    """Qwen2-Audio: logits within 1e-5 of one device's, greedy tokens identical, saved weights the checkpoint's."""
+    close(worker["heard/one"], worker["theirs/heard"], where=worker["heard/mask"] == 1)
+    close(worker[f"heard/{mesh}"], worker["heard/one"], relative=1e-5, where=worker["heard/mask"] == 1)
+    assert (worker[f"answer/{mesh}"] == worker["answer/one"]).all()
+    folder = worker["folder"] / "audio"
+    stored, saved = (AutoModelForSeq2SeqLM.from_pretrained(path).params for path in (folder, folder / "saved"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, stored, saved))
 
 
 @pytest.mark.parametrize("mesh", ["one", *EVERYTHING])
@@ -215,6 +248,9 @@ def test_every_parameter_has_a_rule():
     for path, shape in param_shapes(AutoModelForCausalLM.module_of(Qwen2Config.from_dict(CONFIG))).items():
         spec = sharding.of_parameter(path, shape).spec
         assert "tensor" in spec or path[-2].endswith("norm"), path
+    audio = AutoModelForSeq2SeqLM.module_of(Qwen2AudioConfig.from_dict(config_dict()))
+    for path, shape in param_shapes(audio).items():
+        assert sharding.of_parameter(path, shape).shard_shape(shape) == shape, path
     with pytest.raises(ValueError, match=r"model.gate.weight \[4, 4\]: no rule in flaxqwen.sharding.PARAMETER_RULES"):
         sharding.of_parameter(("model", "gate", "weight"), (4, 4))
 

@@ -157,8 +157,6 @@ def mesh_info(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
     Raises:
       ValueError: sizes that are not all given; quantized weights.
     """
-    if not isinstance(config, Qwen2Config):
-        raise ValueError(f"model_type {config.model_type!r} does not run on a mesh yet: leave out --mesh")
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
     if min(sizes.values()) < 1:
         raise ValueError("info shows any number of devices: give the sizes of the mesh, none of them -1")
@@ -166,7 +164,7 @@ def mesh_info(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
         raise ValueError("quantized weights do not lie on a mesh yet: leave out --mesh")
     # A mesh without devices: those that are here do not matter.
     sharding = Sharding.fit(cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes))), config)
-    heads = sharding.heads
+    heads, text = sharding.heads, config.get_text_config()
     module = module_of(config).clone(config=heads.replace_in(config))
     itemsize = np.dtype(parse_dtype(module_of(config).config.dtype or "float32")).itemsize
     groups: dict[str, dict[str, Any]] = {}
@@ -179,8 +177,8 @@ def mesh_info(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
         group["bytes"] += part
     return {
         "sizes": sizes,
-        "query_heads": [config.num_attention_heads, len(heads.queries)],
-        "key_value_heads": [config.num_key_value_heads, len(heads.keys)],
+        "query_heads": [text.num_attention_heads, len(heads.queries)],
+        "key_value_heads": [text.num_key_value_heads, len(heads.keys)],
         "parameters": groups,
         "bytes_per_device": sum(group["bytes"] for group in groups.values()),
     }

@@ -23,6 +23,7 @@ from flaxqwen.generation.inputs import CausalLM, Inputs, bucket, check_input_ids
 from flaxqwen.generation.loop import Audio, Variables
 from flaxqwen.models.audio_inputs import check_audio_tokens, check_features, expand_audio_tokens, tokens_of
 from flaxqwen.models.qwen2_audio import FRAMES_PER_POSITION
+from flaxqwen.sharding import module_sharding, settle
 
 # Clips are encoded at a length out of so many, up to the whole 30 s: one of 11 s takes a time of 15 s.
 LENGTHS = 6
@@ -118,4 +119,5 @@ def encode_clips(
         return jax.lax.dynamic_update_slice(vectors, encoded, (index, 0, 0))
 
     made = jax.eval_shape(partial(module.apply, method="encode"), variables, features, frames)
-    return jax.lax.fori_loop(0, count, encode, jnp.zeros(made.shape, made.dtype))
+    vectors = jax.lax.fori_loop(0, count, encode, jnp.zeros(made.shape, made.dtype))
+    return settle(module_sharding(module), vectors)

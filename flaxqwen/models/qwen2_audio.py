@@ -30,6 +30,7 @@ from flaxqwen.ops.attention import Visibility, attend, attend_in_blocks, attend_
 from flaxqwen.ops.convolution import Conv1d
 from flaxqwen.ops.linear import Embed, Linear
 from flaxqwen.ops.norm import LayerNorm
+from flaxqwen.sharding import Sharding, constrain
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default, which no config changes
 FRAMES_PER_POSITION = 2  # the stride of conv2
@@ -42,6 +43,7 @@ class Qwen2AudioAttention(nn.Module):
     config: Qwen2AudioEncoderConfig
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -58,7 +60,10 @@ class Qwen2AudioAttention(nn.Module):
         """x [C, L, E] -> ([C, L, E], attention weights [C, N, L, L] or None)."""
         C, L, E = x.shape
         N = self.config.encoder_attention_heads
-        query, key, value = (p(x).reshape(C, L, N, E // N) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            constrain(self.sharding, p(x).reshape(C, L, N, E // N), "batch", None, "heads", None)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         heads = (query, key.swapaxes(1, 2), value.swapaxes(1, 2))
         drop, weights = not deterministic and self.config.attention_dropout > 0, None
         if output_attentions or drop:
@@ -76,6 +81,7 @@ class Qwen2AudioEncoderLayer(nn.Module):
     config: Qwen2AudioEncoderConfig
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
@@ -83,7 +89,7 @@ class Qwen2AudioEncoderLayer(nn.Module):
             Linear, use_bias=True, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype
         )
         self.self_attn_layer_norm = LayerNorm(LAYER_NORM_EPS, self.param_dtype)
-        self.self_attn = Qwen2AudioAttention(config, *dtypes)
+        self.self_attn = Qwen2AudioAttention(config, *dtypes, self.sharding)
         self.final_layer_norm = LayerNorm(LAYER_NORM_EPS, self.param_dtype)
         self.fc1 = linear(config.encoder_ffn_dim)
         self.fc2 = linear(config.d_model)
@@ -95,10 +101,10 @@ class Qwen2AudioEncoderLayer(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """As Qwen2AudioAttention: x [C, L, E] -> ([C, L, E], attention weights or None)."""
         y, weights = self.self_attn(self.self_attn_layer_norm(x), visibility, output_attentions, deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
+        x = constrain(self.sharding, x + self.dropout(y, deterministic=deterministic), "batch", None, None)
         y = ACTIVATION[self.config.activation_function](self.fc1(self.final_layer_norm(x)))
         y = self.fc2(self.activation_dropout(y, deterministic=deterministic))
-        x = x + self.dropout(y, deterministic=deterministic)
+        x = constrain(self.sharding, x + self.dropout(y, deterministic=deterministic), "batch", None, None)
         if x.dtype == jnp.float16:  # as in Transformers: the sum of many layers overflows
             limit = float(jnp.finfo(x.dtype).max) - 1000
             x = jnp.clip(x, -limit, limit)
@@ -111,11 +117,13 @@ class Qwen2AudioEncoder(nn.Module):
     config: geometry.
     dtype: compute dtype; None computes in the dtype of the parameters.
     param_dtype: dtype in which `init` creates parameters.
+    sharding: how the model lies on a mesh; None: on one device.
     """
 
     config: Qwen2AudioEncoderConfig
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
@@ -124,7 +132,7 @@ class Qwen2AudioEncoder(nn.Module):
         self.embed_positions = Embed(
             config.max_source_positions, config.d_model, None, config.initializer_range, *dtypes
         )
-        self.layers = [Qwen2AudioEncoderLayer(config, *dtypes) for _ in range(config.encoder_layers)]
+        self.layers = [Qwen2AudioEncoderLayer(config, *dtypes, self.sharding) for _ in range(config.encoder_layers)]
         self.layer_norm = LayerNorm(LAYER_NORM_EPS, self.param_dtype)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -241,12 +249,13 @@ class Qwen2AudioModel(nn.Module):
     config: Qwen2AudioConfig
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.audio_tower = Qwen2AudioEncoder(config.audio_config, *dtypes)
+        self.audio_tower = Qwen2AudioEncoder(config.audio_config, *dtypes, self.sharding)
         self.multi_modal_projector = Qwen2AudioMultiModalProjector(config, *dtypes)
-        self.language_model = Qwen2Model(config.text_config, *dtypes)
+        self.language_model = Qwen2Model(config.text_config, *dtypes, self.sharding)
 
     def __call__(
         self,
@@ -377,10 +386,11 @@ class Qwen2AudioForConditionalGeneration(nn.Module):
     config: Qwen2AudioConfig
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         text, dtypes = self.config.text_config, (self.dtype, self.param_dtype)
-        self.model = Qwen2AudioModel(self.config, *dtypes)
+        self.model = Qwen2AudioModel(self.config, *dtypes, self.sharding)
         self.lm_head = Linear(text.vocab_size, False, text.initializer_range, *dtypes)
 
     def __call__(
