@@ -108,10 +108,10 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     return sizes
 
 
-def mesh_of(text: str | None) -> Mesh:
-    """A mesh of all devices, from the text that parse_mesh reads. Raises ValueError as both."""
+def mesh_of(text: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of devices (default: all), from the text that parse_mesh reads. Raises ValueError as both."""
     sizes = parse_mesh(text)
-    return make_mesh(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", -1))
+    return make_mesh(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", -1), devices)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,7 +106,7 @@ FLOORS = (
     ("models.*", "audio"),
     ("generation.*", "lora.*", "training", "dataset", "native"),
     ("adapters", "model", "auto", "loading", "aot", "quantization"),
-    ("trainer", "parity", "parity_*", "cli", "cli.*", "demo.*"),
+    ("trainer", "batch", "parity", "parity_*", "cli", "cli.*", "demo.*"),
 )
 # Who may import torch or transformers, and only inside a function.
 LAZY_DOORS = ("convert.torch_file", "parity", "parity_*", "cli.*")

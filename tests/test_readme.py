@@ -60,6 +60,7 @@ def test_python(tiny, tiny_audio, tmp_path, monkeypatch):
 
 def test_commands(tiny, tiny_audio, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("questions.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
     commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     commands = [command[1:] for command in commands if command[:1] == ["flaxqwen"]]
     assert {command[0] for command in commands} >= {"convert", "generate", "chat", "info", "parity"}

@@ -216,6 +216,58 @@ def _generate(
 
 
 @app.command(
+    "batch",
+    epilog=_examples(
+        "flaxqwen batch Qwen/Qwen2.5-0.5B-Instruct questions.jsonl answers.jsonl --max-new-tokens 512",
+        "flaxqwen batch ./qwen in.jsonl out.jsonl --batch-size 64 --temperature 0.7 --seed 1 --json",
+    ),
+)
+def _batch(
+    model: ModelName,
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="A JSON object a line.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Appears when all is done, in IN's order.")],
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows that run together.")] = 16,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of lines without one.")] = 0,
+    adapter: AdapterName = None,
+    dtype: Dtype = "auto",
+    mesh: MeshSizes = None,
+    distributed: Distributed = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue many prompts, or answer many chats, from a file into a file.
+
+    A line of IN is {"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}, ...]} or {"ids": [...]}, and
+    may have "id", which is given back, and "options" of generate() for it alone. Rows that end are replaced, so that
+    the batch stays full; a text does not depend on the others. After a kill the same command goes on. Malformed lines
+    go to OUT.jsonl.errors. Of several processes (--distributed) each takes its part, and all see the same files.
+    """
+    from flaxqwen.cli.batch import run_batch
+    from flaxqwen.cli.generate import sampling_options
+    from flaxqwen.distributed import joined
+
+    with joined(distributed):
+        run_batch(
+            model,
+            source,
+            target,
+            rows=batch_size,
+            max_new_tokens=max_new_tokens,
+            options=sampling_options(temperature, top_p, top_k, repetition_penalty, None),
+            seed=seed,
+            adapter=adapter,
+            dtype=dtype,
+            mesh=mesh,
+            distributed=distributed,
+            as_json=as_json,
+        )
+
+
+@app.command(
     "chat",
     epilog=_examples(
         "flaxqwen chat Qwen/Qwen2.5-0.5B-Instruct",

@@ -98,6 +98,13 @@ def row_keys(choice: TokenChoice, position: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(base, row), at))(rows, position)
 
 
+def keys_alone(seeds: jax.Array, position: jax.Array) -> jax.Array:
+    """[B] keys: those of `row_keys` for the first row of a call with each seed of seeds [B]."""
+    return jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), at))(
+        seeds, position
+    )
+
+
 def draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
     """[B] int32 from scores [B, V], by inversion: a block of tokens by its mass, then a token of the block.
 
