@@ -1,5 +1,6 @@
 """Checkpoints of PyTorch's Transformers and of Flax: open, load, save, convert. Imports neither torch nor jax."""
 
+from flaxqwen.convert.check import check
 from flaxqwen.convert.checkpoint import Checkpoint, open_checkpoint
 from flaxqwen.convert.conversion import convert
 from flaxqwen.convert.errors import CheckpointError
@@ -12,6 +13,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Progress",
+    "check",
     "convert",
     "has_own_head",
     "load_params",

@@ -77,6 +77,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the values."""
+        return [file.path for file in self._files]
+
     def close(self) -> None:
         """Close the files; arrays from `read` stay valid."""
         for file in self._files:

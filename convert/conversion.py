@@ -19,8 +19,8 @@ from flaxqwen.convert.names import Layout, is_ignored
 from flaxqwen.convert.names import Path as ParameterPath
 from flaxqwen.convert.progress import Report
 from flaxqwen.convert.quantize import SCALE, Scheme, check_scheme, dequantized, quantized, to_config
-from flaxqwen.convert.save import Format, Framework, check_options, counter, write_weights
-from flaxqwen.convert.staging import Staging, is_occupied
+from flaxqwen.convert.save import Format, Framework, check_options, counter, plan_weights, write_weights
+from flaxqwen.convert.staging import Staging, is_occupied, read_journal
 from flaxqwen.convert.tensors import Tensor, cast
 
 CONFIG = "config.json"
@@ -55,13 +55,16 @@ def convert(
     max_shard_size: int | str | None = None,
     quantize: Scheme | None = None,
     force: bool = False,
+    dry_run: bool = False,
     expected: Mapping[ParameterPath, tuple[int, ...]] | None = None,
     progress: Report | None = None,
-) -> None:
-    """Write the checkpoint in `src` to the folder `dst`, with its config, tokenizer and processor.
+) -> dict[str, int]:
+    """Write the checkpoint in `src` to the folder `dst`, with its config, tokenizer, processor and a checksums.json.
 
     Tensors keep their names, and without `dtype` their dtypes and bytes. They are read and written one after the
-    other, a few MiB at a time (a whole tensor where its axes are to be reversed).
+    other, a few MiB at a time (a whole tensor where its axes are to be reversed). If the process is killed, the same
+    call goes on: it takes over the files that are finished, as long as those of the source are what they were, by
+    size and time.
 
     Args:
       src: a folder with a checkpoint of any format, or a file of one.
@@ -69,8 +72,13 @@ def convert(
       to, format, layout, max_shard_size: see `save_params`.
       dtype: what floating tensors are cast to; config.json then says so. Quantized weights come back to this dtype.
       quantize: "int8" or "int4", for Flax's safetensors: the format is in quantize.py, and config.json names it.
+      force: replace what is in `dst`.
+      dry_run: check all that can be without reading values, and write nothing.
       expected: the shape of every parameter, by its path, if the checkpoint is to be checked against its model.
       progress: called with the bytes done and the bytes in all.
+
+    Returns:
+      The bytes of each file that is written, or would be (see `PlannedFile`).
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -87,28 +95,38 @@ def convert(
     wanted = None if dtype is None else weight_dtype(dtype)
     with open_checkpoint(src) as checkpoint:
         source = checkpoint.path.parent
-        _check_destination(source, dst, force)
+        key = _key(checkpoint, [to, format, layout, str(wanted), max_shard_size, quantize])
+        _check_destination(source, dst, key, force)
         if expected is not None:
             match(checkpoint, expected)
         tensors = _weights(checkpoint, wanted, quantize, stays=to == "flax" and layout == "checkpoint")
-        companions = {name: (source / name).read_bytes() for name in _companions(source)}
-        if quantize is not None and CONFIG not in companions:
-            raise FileNotFoundError(f"{source}: no {CONFIG}, which is where it stands that weights are quantized")
-        if (wanted, quantize) != (None, None) and CONFIG in companions:
-            companions[CONFIG] = _edit_config(source / CONFIG, companions[CONFIG], wanted, quantize)
-        with Staging(dst, counter(tensors, progress)) as staging:
+        companions = _read_companions(source, wanted, quantize)
+        if dry_run:
+            files = plan_weights(tensors, to, format, layout, max_shard_size)
+            sizes = {name: len(data) for name, data in companions.items()}
+            return sizes | {name: file.nbytes for name, file in files.items()}
+        with Staging(dst, counter(tensors, progress), key) as staging:
             for name, data in companions.items():
                 staging.write_bytes(name, data)
             write_weights(staging, tensors, to, format, layout, max_shard_size)
+            staging.write_checksums()
             staging.commit()
+        return staging.sizes
 
 
-def _check_destination(source: Path, dst: Path, force: bool) -> None:
+def _key(checkpoint: Checkpoint, options: list[Any]) -> str:
+    """Stands for the source and what is to be made of it: the files of one conversion are those of another with it."""
+    files = {*checkpoint.files, checkpoint.path}
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    return json.dumps([stats, options])
+
+
+def _check_destination(source: Path, dst: Path, key: str, force: bool) -> None:
     if dst.exists() and not dst.is_dir():
         raise FileExistsError(f"{dst}: the destination is a file, expected a folder")
     if dst.is_dir() and dst.resolve() == source.resolve():
         raise FileExistsError(f"{dst}: the destination is the source; choose another folder")
-    if is_occupied(dst) and not force:
+    if not force and is_occupied(dst, besides=read_journal(dst, key)):
         raise FileExistsError(f"{dst}: the destination is not empty; choose another folder, or --force to replace it")
 
 
@@ -146,12 +164,18 @@ def _has_scale(name: str, tensors: Mapping[str, Tensor]) -> bool:
     return leaf == "weight" and f"{owner}.{SCALE}" in tensors
 
 
-def _companions(source: Path) -> list[str]:
-    return sorted(
-        path.name
-        for path in source.iterdir()
+def _read_companions(source: Path, dtype: np.dtype | None, quantize: Scheme | None) -> dict[str, bytes]:
+    """The small files that go with the weights, with a config that says what becomes of them."""
+    found = {
+        path.name: path.read_bytes()
+        for path in sorted(source.iterdir())
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS)
-    )
+    }
+    if quantize is not None and CONFIG not in found:
+        raise FileNotFoundError(f"{source}: no {CONFIG}, which is where it stands that weights are quantized")
+    if (dtype, quantize) != (None, None) and CONFIG in found:
+        found[CONFIG] = _edit_config(source / CONFIG, found[CONFIG], dtype, quantize)
+    return found
 
 
 def _edit_config(path: Path, text: bytes, dtype: np.dtype | None, quantize: Scheme | None) -> bytes:

@@ -100,11 +100,11 @@ def _check_entry(file: MappedFile, name: str, entry: Any) -> dict[str, Any]:
     return entry
 
 
-def write_safetensors(out: Writer, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, tensor by tensor.
+def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[Tensor]]:
+    """What stands before the values, and the tensors in the order of their values.
 
-    Tensors stand as the format's own writer puts them, the widest dtype first and then by name: every value is
-    aligned, and the same tensors give the same file.
+    That is the order of the format's own writer, the widest dtype first and then by name: every value is aligned, and
+    the same tensors give the same file.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -119,7 +119,13 @@ def write_safetensors(out: Writer, tensors: Mapping[str, Tensor], metadata: Mapp
         at = offsets[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    out.write(len(text).to_bytes(8, "little") + text)
-    for _, tensor in ordered:
+    return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]
+
+
+def write_safetensors(out: Writer, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, tensor by tensor."""
+    header, ordered = safetensors_header(tensors, metadata)
+    out.write(header)
+    for tensor in ordered:
         for chunk in tensor.chunks():
             out.write(chunk.view("u1").data)

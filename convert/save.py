@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,10 @@ from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.msgpack_file import write_msgpack
 from flaxqwen.convert.names import LAYOUTS, Layout, to_linen, to_name, to_path
 from flaxqwen.convert.progress import Report
-from flaxqwen.convert.safetensors_file import write_safetensors
+from flaxqwen.convert.safetensors_file import safetensors_header, write_safetensors
 from flaxqwen.convert.staging import WEIGHTS, Staging
 from flaxqwen.convert.tensors import ArrayTensor, CheckedTensor, Tensor, cast
+from flaxqwen.convert.writer import Writer
 
 Framework = Literal["flax", "pytorch"]
 Format = Literal["safetensors", "msgpack"]
@@ -85,6 +87,17 @@ def check_options(to: str, format: str, layout: str, max_shard_size: int | str |
         parse_size(max_shard_size)
 
 
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file of weights, or the index of its shards, before it is written.
+
+    nbytes: of the file; of a msgpack, of its tensors alone. content: a function that writes it, or the whole of it.
+    """
+
+    nbytes: int
+    content: Callable[[Writer], None] | bytes
+
+
 def write_weights(
     staging: Staging,
     tensors: Mapping[str, Tensor],
@@ -94,41 +107,54 @@ def write_weights(
     max_shard_size: int | str | None,
 ) -> None:
     """Write the files of a checkpoint; `tensors` have Hugging Face names and the checkpoint's layout."""
+    for name, file in plan_weights(tensors, to, format, layout, max_shard_size).items():
+        if isinstance(file.content, bytes):
+            staging.write_bytes(name, file.content)
+        else:
+            staging.write(name, file.content)
+
+
+def plan_weights(
+    tensors: Mapping[str, Tensor], to: Framework, format: Format, layout: Layout, max_shard_size: int | str | None
+) -> dict[str, PlannedFile]:
+    """The files of a checkpoint by name, in the order that they are written in; no value is read."""
     check_options(to, format, layout, max_shard_size)
     for name, tensor in tensors.items():
         if tensor.dtype not in SAFETENSORS_NAME:
             raise CheckpointError(f"{name} has dtype {tensor.dtype}, which no checkpoint can hold")
     tensors = {name: CheckedTensor(tensor, name) for name, tensor in tensors.items()}
     if to == "pytorch":
-        write_shards(staging, STEM[to], tensors, {"format": "pt"}, max_shard_size)
-        return
+        return plan_shards(STEM[to], tensors, {"format": "pt"}, max_shard_size)
     leaves = dict(_flax_leaf(name, tensor, layout) for name, tensor in tensors.items())
     if format == "msgpack":
-        staging.write(STEM[to] + ".msgpack", lambda writer: write_msgpack(writer, leaves))
-        return
+        nbytes = sum(tensor.nbytes for tensor in leaves.values())
+        return {STEM[to] + ".msgpack": PlannedFile(nbytes, lambda writer: write_msgpack(writer, leaves))}
     joined = {SEPARATOR.join(path): tensor for path, tensor in leaves.items()}
-    write_shards(staging, STEM[to], joined, {"format": "flax", "layout": layout}, max_shard_size)
+    return plan_shards(STEM[to], joined, {"format": "flax", "layout": layout}, max_shard_size)
 
 
-def write_shards(
-    staging: Staging, stem: str, tensors: Mapping[str, Tensor], metadata: dict[str, str], limit: int | str | None
-) -> None:
+def plan_shards(
+    stem: str, tensors: Mapping[str, Tensor], metadata: dict[str, str], limit: int | str | None
+) -> dict[str, PlannedFile]:
     """One safetensors file, or several and their index, as Transformers names them."""
     shards = split(tensors, parse_size(DEFAULT_SHARD_SIZE if limit is None else limit))
     if len(shards) == 1:
-        staging.write(f"{stem}.safetensors", lambda writer: write_safetensors(writer, shards[0], metadata))
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(shard, file)
-        staging.write(file, lambda writer, shard=shard: write_safetensors(writer, shard, metadata))
+        return {f"{stem}.safetensors": _plan_safetensors(shards[0], metadata)}
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = {name: _plan_safetensors(shard, metadata) for name, shard in zip(names, shards, strict=True)}
     totals = {
         "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
         "total_size": sum(tensor.nbytes for tensor in tensors.values()),
     }
-    index = json.dumps({"metadata": totals, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-    staging.write_bytes(f"{stem}.safetensors.index.json", index.encode())
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    index = (json.dumps({"metadata": totals, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()
+    return files | {f"{stem}.safetensors.index.json": PlannedFile(len(index), index)}
+
+
+def _plan_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> PlannedFile:
+    header, _ = safetensors_header(tensors, metadata)
+    nbytes = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    return PlannedFile(nbytes, lambda writer: write_safetensors(writer, tensors, metadata))
 
 
 def split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

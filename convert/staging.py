@@ -1,33 +1,46 @@
-"""Files that take their places in a folder together, or not at all."""
+"""Files that take their places in a folder together, or not at all; and go on where a killed process has ended."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 
+from flaxqwen.convert.checksums import CHECKSUMS, Sum, encode, from_json, sum_of_file, to_json
 from flaxqwen.convert.writer import Writer
 
 # A file that holds weights, or the index of its shards.
 WEIGHTS = re.compile(r"(flax_|pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin|msgpack)(\.index\.json)?")
 
 TEMPORARY = ".{}.flaxqwen"
+JOURNAL = TEMPORARY.format("journal")
 _TEMPORARY = re.compile(r"\..+\.flaxqwen")
 
 
 class Staging:
     """Writes files of a folder under temporary names; `commit` gives them their own, all at the end.
 
-    On any error before, the temporaries are removed and the folder is as it was, or is not there if it was not. The
-    names of the temporaries are fixed: a process that was killed leaves some, and the next one takes them over.
+    On any error before, the temporaries are removed and the folder is as it was, or is not there if it was not. A
+    process that is killed leaves its temporaries, and a journal of the sums of those that are finished. The next one
+    with the same key takes these over, if they still have their sums; one with another key, or none, begins anew.
+
+    folder: where to; made if need be.
+    report: takes the bytes of each write.
+    key: stands for all that the files are made of.
     """
 
-    def __init__(self, folder: Path, report: Callable[[int], None] = lambda count: None) -> None:
+    def __init__(
+        self, folder: Path, report: Callable[[int], None] = lambda count: None, key: str | None = None
+    ) -> None:
         self.folder = folder
         self._report = report
+        self._key = key
+        self._finished: dict[str, Sum] = {}  # by a process that was killed
         self._written: list[str] = []
+        self._sums: dict[str, Sum] = {}
         self._created: list[Path] = []
         self._is_committed = False
 
@@ -35,10 +48,61 @@ class Staging:
         missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._created = missing
+        self._finished = read_journal(self.folder, self._key)
         return self
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files that have been written."""
+        return {name: found.nbytes for name, found in self._sums.items()}
+
     def write(self, name: str, fill: Callable[[Writer], None]) -> None:
-        """Let `fill` write the file `name`."""
+        """Let `fill` write the file `name`, unless that is done."""
+        if not self._take_over(name):
+            self._write(name, fill)
+        self._save_journal()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        self._write(name, lambda writer: writer.write(data))
+
+    def write_checksums(self) -> None:
+        """Write the sums of all files so far beside them."""
+        self.write_bytes(CHECKSUMS, encode(self._sums))
+
+    def commit(self) -> None:
+        """Put the files in their places, in the order they were written, and remove the weights they replace."""
+        self._save_journal()
+        # Old indexes first: if this stops half-way, none is left that would name the old shards and find new ones.
+        for path in list(self.folder.glob("*.index.json")):
+            if WEIGHTS.fullmatch(path.name):
+                path.unlink()
+        for name in self._written:
+            if self._temporary(name).exists():  # or it was in its place already
+                os.replace(self._temporary(name), self.folder / name)
+        self._is_committed = True
+        for path in list(self.folder.iterdir()):
+            is_ours = WEIGHTS.fullmatch(path.name) or path.name == CHECKSUMS
+            is_stale = is_ours and path.name not in self._written
+            if is_stale or (_TEMPORARY.fullmatch(path.name) and path.name != JOURNAL):
+                path.unlink()
+        _sync_folder(self.folder)
+        (self.folder / JOURNAL).unlink(missing_ok=True)  # the last: without it, all is in its place
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_committed:
+            return
+        for name in {*self._written, *self._finished}:
+            self._temporary(name).unlink(missing_ok=True)
+        # Where a killed process has begun to put files in their places, they are told by the journal alone.
+        if not any((self.folder / name).exists() for name in self._finished):
+            (self.folder / JOURNAL).unlink(missing_ok=True)
+        for folder in self._created:
+            folder.rmdir()
+
+    def _write(self, name: str, fill: Callable[[Writer], None]) -> None:
         self._written.append(name)
         writer = Writer(self._temporary(name), self.folder / name, self._report)
         is_complete = False
@@ -47,43 +111,50 @@ class Staging:
             is_complete = True
         finally:
             writer.close(is_complete)
+        self._sums[name] = Sum(writer.size, writer.crc32)
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a small file."""
-        self.write(name, lambda writer: writer.write(data))
+    def _take_over(self, name: str) -> bool:
+        """Whether a killed process has finished the file, and it is as it was."""
+        wanted = self._finished.pop(name, None)
+        if wanted is None:
+            return False
+        for path in (self._temporary(name), self.folder / name):
+            if path.is_file() and path.stat().st_size == wanted.nbytes and sum_of_file(path) == wanted:
+                if path.name == name:
+                    self._temporary(name).unlink(missing_ok=True)
+                self._written.append(name)
+                self._sums[name] = wanted
+                self._report(wanted.nbytes)
+                return True
+        return False
 
-    def commit(self) -> None:
-        """Put the files in their places, in the order they were written, and remove the weights they replace."""
-        # Old indexes first: if this stops half-way, none is left that would name the old shards and find new ones.
-        for path in list(self.folder.glob("*.index.json")):
-            if WEIGHTS.fullmatch(path.name):
-                path.unlink()
-        for name in self._written:
-            os.replace(self._temporary(name), self.folder / name)
-        self._is_committed = True
-        for path in list(self.folder.iterdir()):
-            is_stale = WEIGHTS.fullmatch(path.name) and path.name not in self._written
-            if is_stale or _TEMPORARY.fullmatch(path.name):
-                path.unlink()
-        _sync_folder(self.folder)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._is_committed:
+    def _save_journal(self) -> None:
+        """Note what is finished; the file is always a whole one."""
+        if self._key is None:
             return
-        for name in self._written:
-            self._temporary(name).unlink(missing_ok=True)
-        for folder in self._created:
-            folder.rmdir()
+        journal = {"key": self._key, "files": to_json(self._finished | self._sums)}
+        temporary = self._temporary("new-journal")
+        temporary.write_text(json.dumps(journal), encoding="utf-8")
+        os.replace(temporary, self.folder / JOURNAL)
 
     def _temporary(self, name: str) -> Path:
         return self.folder / TEMPORARY.format(name)
 
 
-def is_occupied(folder: Path) -> bool:
-    """Whether a folder holds anything but what a killed process left."""
-    return folder.is_dir() and any(not _TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
+def read_journal(folder: Path, key: str | None) -> dict[str, Sum]:
+    """The files that a killed process has finished under this key, in their places or under their temporary names."""
+    try:
+        journal = json.loads((folder / JOURNAL).read_bytes())
+        return from_json(journal["files"]) if journal["key"] == key else {}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not whole: nothing is finished
+        return {}
+
+
+def is_occupied(folder: Path, besides: Collection[str] = ()) -> bool:
+    """Whether a folder holds anything but what a killed process left: temporaries, and files `besides`."""
+    return folder.is_dir() and any(
+        not _TEMPORARY.fullmatch(path.name) and path.name not in besides for path in folder.iterdir()
+    )
 
 
 def _sync_folder(folder: Path) -> None:

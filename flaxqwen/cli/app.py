@@ -92,11 +92,14 @@ def _options(
         "flaxqwen convert qwen-flax qwen-pytorch --to pytorch --max-shard-size 2GB",
         "flaxqwen convert qwen-pytorch qwen-linen --layout linen --format msgpack --dtype float32",
         "flaxqwen convert Qwen/Qwen2.5-7B-Instruct qwen-int8 --quantize int8",
+        "flaxqwen convert --check qwen-flax",
     ),
 )
 def _convert(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A folder or a file of any format, or a hub id.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="A folder, which is made.")],
+    dst: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="A folder, which is made.", show_default=False)
+    ] = None,
     to: Annotated[Literal["flax", "pytorch"], typer.Option(help="Whose names and files.")] = "flax",
     format: Annotated[Literal["safetensors", "msgpack"], typer.Option(help="Of Flax's files.")] = "safetensors",
     layout: Annotated[
@@ -114,14 +117,26 @@ def _convert(
         typer.Option(help="Weights to int8 by output channel, or int4 in groups; --dtype brings them back."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint in DST.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check names, shapes and options; write nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Convert nothing: read SRC whole, and compare with its checksums.json.")
+    ] = False,
 ) -> None:
     """Convert a checkpoint between PyTorch and Flax.
 
     Weights keep their values byte for byte (but for --dtype and --quantize); config and tokenizer go with them. A
-    checkpoint that does not fit its config.json is refused. Files appear when all are complete.
+    checkpoint that does not fit its config.json is refused. Files appear when all are complete; if the process is
+    killed, the same command goes on.
     """
-    from flaxqwen.cli.convert import convert_model
+    from flaxqwen.cli.convert import check_model, convert_model
 
+    if check:
+        if dst is not None:
+            raise typer.BadParameter("takes one folder", param_hint="--check")
+        check_model(Path(src))
+        return
+    if dst is None:
+        raise typer.BadParameter("say where to", param_hint="DST")
     convert_model(
         src,
         dst,
@@ -132,6 +147,7 @@ def _convert(
         max_shard_size=max_shard_size,
         quantize=quantize,
         force=force,
+        dry_run=dry_run,
     )
 
 

@@ -10,29 +10,45 @@ from typing import Any
 from flaxqwen.auto import param_shapes
 from flaxqwen.cli.common import format_bytes, module_of
 from flaxqwen.config import Qwen2Config, config_from_file
-from flaxqwen.convert import Progress, convert, has_own_head, open_checkpoint
+from flaxqwen.convert import Progress, check, convert, has_own_head, open_checkpoint
+from flaxqwen.convert.checksums import CHECKSUMS
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.quantize import quantized_shapes, scheme_of
 from flaxqwen.hub import resolve_folder
 
 
-def convert_model(src: str, dst: Path, **options: Any) -> None:
+def convert_model(src: str, dst: Path, dry_run: bool = False, **options: Any) -> None:
     """Convert the checkpoint `src`, checked against the model of its config, and print what is in `dst` then.
 
     Args:
       src: a folder, a file of weights, or a hub id.
+      dry_run: print what would be there.
       options: of flaxqwen.convert.convert.
     """
     started = time.perf_counter()
     source = Path(src) if Path(src).is_file() else resolve_folder(src)
     expected = expected_shapes(source)
     with Progress("Converting") as report:
-        convert(source, dst, expected=expected, progress=report, **options)
+        sizes = convert(source, dst, expected=expected, progress=report, dry_run=dry_run, **options)
     seconds = time.perf_counter() - started
-    sizes = {path.name: path.stat().st_size for path in sorted(dst.iterdir()) if path.is_file()}
-    print(f"{dst}: {len(sizes)} files, {format_bytes(sum(sizes.values()))}, in {seconds:.1f} s")
-    for name, size in sizes.items():
+    end = ", not written" if dry_run else f", in {seconds:.1f} s"
+    print(f"{dst}: {len(sizes)} files, {format_bytes(sum(sizes.values()))}{end}")
+    for name, size in sorted(sizes.items()):
         print(f"  {name:<{max(map(len, sizes))}}  {format_bytes(size):>8}")
+
+
+def check_model(folder: Path) -> None:
+    """Read the checkpoint in a folder whole, and print that it is the model's of its config and as it was written.
+
+    Raises:
+      CheckpointError: what is wrong with it.
+    """
+    started = time.perf_counter()
+    with Progress("Checking") as report:
+        found = check(folder, expected=expected_shapes(folder), progress=report)
+    seconds = time.perf_counter() - started
+    sums = f"{found.files} files as {CHECKSUMS} says" if found.files else f"no {CHECKSUMS} to compare bytes with"
+    print(f"{folder}: {found.tensors} tensors as the config says, {sums}, in {seconds:.1f} s")
 
 
 def expected_shapes(source: Path) -> dict[ParamPath, tuple[int, ...]]:

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from flaxqwen.cli.convert import expected_shapes
+from flaxqwen.convert import to_name
 from tests.cli.conftest import Run, assert_refused
 from tests.cli.test_app import change_config
+from tests.convert.samples import save_sparse
 
 WEIGHTS = "model.safetensors"
 
@@ -180,3 +183,36 @@ def test_occupied_destinations_stay_as_they_are(run: Run, random_model: Path, tm
 def test_options_that_cannot_be(run: Run, random_model: Path, tmp_path: Path, options: list[str]):
     assert_refused(run("convert", random_model, tmp_path / "dst", *options))
     assert not (tmp_path / "dst").exists()
+
+
+def test_checks_what_it_wrote(run: Run, random_model: Path, tmp_path: Path):
+    dst = tmp_path / "flax"
+    assert run("convert", random_model, dst, "--max-shard-size", "40KB").code == 0
+    result = run("convert", "--check", dst)
+    assert result.code == 0, result.err
+    files = len(list(dst.iterdir())) - 1
+    assert f"{dst}: 27 tensors as the config says, {files} files as checksums.json says, in " in result.out
+    assert "no checksums.json to compare bytes with" in run("convert", random_model, "--check").out
+    shard = sorted(dst.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert_refused(run("convert", "--check", dst), "not as it was written", f"{shard.name} has crc32")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert_refused(run("convert", "--check", dst), "truncated", shard.name)
+    assert_refused(run("convert", "--check", random_model, tmp_path / "dst"), "takes one folder")
+    assert_refused(run("convert", random_model), "say where to")
+
+
+def test_a_dry_run_of_72b_reads_headers_alone(run: Run, shared: Path, tmp_path: Path):
+    """The real config, in 37 shards that are holes: 145 GB that are nowhere."""
+    config = shared / "data/configs/Qwen2.5-72B-Instruct/config.json"
+    shapes = {to_name(path): shape for path, shape in expected_shapes(config).items()}
+    save_sparse(tmp_path / "src", shapes, shards=37)
+    (tmp_path / "src/config.json").write_bytes(config.read_bytes())
+    result = run("convert", tmp_path / "src", tmp_path / "dst", "--dry-run", "--max-shard-size", "10GB")
+    assert result.code == 0, result.err
+    assert f"{tmp_path / 'dst'}: 17 files, 145.4 GB, not written" in result.out
+    assert not (tmp_path / "dst").exists()
+    change_config(tmp_path / "src", num_hidden_layers=81)
+    assert_refused(
+        run("convert", tmp_path / "src", tmp_path / "dst", "--dry-run"), "missing model.layers.80.mlp.up_proj.weight"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,21 @@ def assert_same(left: dict[Any, np.ndarray], right: dict[Any, np.ndarray]) -> No
         assert array.dtype == right[name].dtype, name
         assert array.shape == right[name].shape, name
         assert array.tobytes() == right[name].tobytes(), name
+
+
+def save_sparse(folder: Path, shapes: dict[str, tuple[int, ...]], shards: int = 1, dtype: str = "BF16") -> None:
+    """A checkpoint of zeros that are holes in its files, whatever its size; tensors go to shards in turn."""
+    folder.mkdir()
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    weight_map = {name: names[i % shards] for i, name in enumerate(shapes)}
+    for file in names:
+        header, at = {}, 0
+        for name in (name for name, where in weight_map.items() if where == file):
+            end = at + math.prod(shapes[name]) * {"BF16": 2, "F32": 4}[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + at)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -147,7 +147,7 @@ def test_companions_go_with_the_weights(tmp_path: Path):
     source(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "flax")
     wanted = {"config.json", "generation_config.json", "tokenizer.json", "merges.txt", "LICENSE"}
-    assert set(files(tmp_path / "flax")) == wanted | {"flax_model.safetensors"}
+    assert set(files(tmp_path / "flax")) == wanted | {"flax_model.safetensors", "checksums.json"}
     for name in wanted:
         assert (tmp_path / "flax" / name).read_bytes() == (tmp_path / "src" / name).read_bytes()
 
@@ -200,7 +200,7 @@ def test_an_existing_destination_needs_force(tmp_path: Path):
     (dst / "model-00001-of-00002.safetensors").touch()
     (dst / "model.safetensors.index.json").touch()
     convert(tmp_path / "src", dst, force=True)
-    assert set(files(dst)) == set(before) - {"model.safetensors"} | {"flax_model.safetensors"}
+    assert set(files(dst)) == set(before) - {"model.safetensors"} | {"flax_model.safetensors", "checksums.json"}
 
 
 def test_an_empty_folder_or_what_a_killed_run_left_is_no_destination_yet(tmp_path: Path):

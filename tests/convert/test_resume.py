@@ -1,0 +1,194 @@
+"""What a killed conversion has finished is taken over, and the result is that of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flaxqwen.convert import CheckpointError, check, convert, save_params
+from flaxqwen.convert.staging import JOURNAL
+from tests.convert.samples import assert_same, expected_of, random_tensors, read_all
+
+OPTIONS = {"max_shard_size": 400, "dtype": "float32"}
+
+# Kills a conversion before each of its operations on files in turn: each in a fork, which dies as a process does.
+KILL = """
+import os, signal, sys
+from flaxqwen.convert import convert
+
+def run(kill_at, dst, options):
+    left = kill_at
+    def counted(operation):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args, **kwargs)
+        return call
+    for name in ("open", "pwrite", "fsync", "replace", "unlink", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    convert("src", dst, **options)
+
+def fork(*args):
+    pid = os.fork()
+    if not pid:
+        run(*args)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+options = eval(sys.argv[1])
+kill_at = 1
+while True:
+    status = fork(kill_at, f"dst{kill_at}", options)
+    if not status:
+        break
+    assert status == -signal.SIGKILL, status
+    if kill_at % 3 == 0:  # some die twice
+        fork(7, f"dst{kill_at}", options)
+    state = os.path.isfile(f"dst{kill_at}/checksums.json") and not os.path.exists(f"dst{kill_at}/.journal.flaxqwen")
+    if not state:
+        assert not fork(0, f"dst{kill_at}", options), kill_at
+    kill_at += 1
+print(kill_at - 1)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    folder = tmp_path / "src"
+    save_params(random_tensors(), folder, to="pytorch", max_shard_size=700)
+    (folder / "config.json").write_text('{"model_type": "qwen2", "dtype": "bfloat16"}')
+    return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
+@pytest.mark.parametrize("options", [OPTIONS, {"format": "msgpack"}], ids=str)
+def test_a_kill_before_any_operation_changes_nothing(tmp_path: Path, src: Path, options: dict):
+    convert(src, tmp_path / "undisturbed", **options)
+    expected = contents(tmp_path / "undisturbed")
+    command = [sys.executable, "-c", KILL, repr(options)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kills = int(done.stdout)
+    assert kills > 5 * len(expected)
+    for kill in range(1, kills + 2):
+        assert contents(tmp_path / f"dst{kill}") == expected, kill
+
+
+def test_finished_files_are_taken_over(tmp_path: Path, src: Path):
+    die_late(tmp_path, src)
+    dst = tmp_path / "dst"
+    finished = json.loads((dst / JOURNAL).read_text())["files"]
+    inodes = {name: (dst / f".{name}.flaxqwen").stat().st_ino for name in finished if "model" in name}
+    assert len(inodes) > 1
+    broken, *kept = inodes
+    path = dst / f".{broken}.flaxqwen"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")  # the size stays
+    seen: list[tuple[int, int]] = []
+    convert(src, dst, progress=lambda *done: seen.append(done), **OPTIONS)
+    assert all((dst / name).stat().st_ino == inodes[name] for name in kept)
+    assert_same(read_all(dst), {name: tensor.astype(np.float32) for name, tensor in random_tensors().items()})
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1]
+    check(dst)
+
+
+@pytest.mark.parametrize("change", ["options", "source", "journal"])
+def test_other_work_begins_anew(tmp_path: Path, src: Path, change: str):
+    die_late(tmp_path, src)
+    dst, options = tmp_path / "dst", dict(OPTIONS)
+    tensors = random_tensors()
+    if change == "options":
+        options["dtype"] = "float16"
+    elif change == "source":  # of the same size
+        tensors = random_tensors(seed=1)
+        save_params(tensors, src, to="pytorch", max_shard_size=700)
+    else:
+        (dst / JOURNAL).write_text("{")
+    convert(src, dst, **options)
+    assert_same(read_all(dst), {name: tensor.astype(options["dtype"]) for name, tensor in tensors.items()})
+    assert not [name for name in contents(dst) if name.startswith(".")]
+
+
+def die_late(folder: Path, src: Path) -> None:
+    """A conversion into dst that is killed near its end."""
+    code = """
+import os, sys
+from flaxqwen.convert import convert
+convert(sys.argv[1], "dst", progress=lambda done, total: done < 0.8 * total or os._exit(9), **eval(sys.argv[2]))
+"""
+    command = [sys.executable, "-c", code, str(src), repr(OPTIONS)]
+    assert subprocess.run(command, cwd=folder, check=False).returncode == 9
+
+
+# Checks of what is on the disk
+
+
+def test_a_whole_checkpoint_passes(tmp_path: Path, src: Path):
+    convert(src, tmp_path / "dst", **OPTIONS)
+    seen: list[tuple[int, int]] = []
+    found = check(tmp_path / "dst", expected=expected_of(random_tensors()), progress=lambda *done: seen.append(done))
+    sizes = {name: len(data) for name, data in contents(tmp_path / "dst").items() if name != "checksums.json"}
+    assert (found.tensors, found.files, found.nbytes) == (len(random_tensors()), len(sizes), sum(sizes.values()))
+    assert seen[-1] == (found.nbytes, found.nbytes)
+    assert check(src).files == 0  # Transformers writes no sums
+
+
+def test_all_that_is_wrong_is_listed(tmp_path: Path, src: Path):
+    dst = tmp_path / "dst"
+    convert(src, dst, **OPTIONS)
+    first, second = sorted(dst.glob("flax_model-*"))[:2]
+    data = bytearray(first.read_bytes())
+    data[-5] ^= 1
+    first.write_bytes(data)
+    (dst / "config.json").write_text("{}")
+    (dst / "model.safetensors").write_bytes(second.read_bytes())
+    (dst / "model.safetensors").rename(dst / "flax_model-00099-of-00099.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        check(dst)
+    message = str(caught.value)
+    for text in (
+        f"{first.name} has crc32 ",
+        "config.json has 2 bytes, expected ",
+        "flax_model-00099-of-00099.safetensors is not in checksums.json",
+    ):
+        assert text in message
+    assert second.name not in message
+    with pytest.raises(CheckpointError, match=r"missing model\.extra\.weight"):
+        check(dst, expected=expected_of(random_tensors() | {"model.extra.weight": np.ones(1)}))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"files": {"a": 1}}', '{"files": {"a": {"bytes": 1, "crc32": "x"}}}']
+)
+def test_broken_sums_are_one_line(tmp_path: Path, src: Path, text: str):
+    (src / "checksums.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"checksums\.json: not valid[^\n]*$"):
+        check(src)
+
+
+def test_sums_of_weights_that_are_gone_go_too(tmp_path: Path, src: Path):
+    convert(src, tmp_path / "dst")
+    save_params(random_tensors(seed=1), tmp_path / "dst")
+    assert not (tmp_path / "dst/checksums.json").exists()
+
+
+def test_a_dry_run_says_what_would_be_written(tmp_path: Path, src: Path):
+    for options in (OPTIONS, {"to": "pytorch"}, {"layout": "linen"}):
+        sizes = convert(src, tmp_path / "dst", dry_run=True, **options)
+        assert not (tmp_path / "dst").exists()
+        written = convert(src, tmp_path / "out", force=True, **options)
+        real = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+        assert written == real
+        assert sizes == {name: size for name, size in real.items() if name != "checksums.json"}
