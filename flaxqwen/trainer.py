@@ -3,7 +3,7 @@
 out/checkpoints/    the state every save_every steps, by orbax; the last two are kept
 out/metrics.jsonl   a line per log_every steps
 out/training.json   the options
-out/                when the run is complete, the model in PyTorch's format
+out/                when the run is complete, the model in PyTorch's format, or the adapter in peft's
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flaxqwen.adapters import DEFAULT_NAME
 from flaxqwen.dataset import Batches, import_extra
+from flaxqwen.lora import LoraConfig
 from flaxqwen.model import Model
 from flaxqwen.models.losses import IGNORE_INDEX
 from flaxqwen.sharding import module_sharding
@@ -32,6 +34,7 @@ from flaxqwen.training import (
     Remat,
     TrainState,
     Variables,
+    assemble_adapter,
     make_eval_step,
     make_optimizer,
     make_schedule,
@@ -51,7 +54,8 @@ class TrainingOptions:
     batch_size: rows of a micro-batch, of all processes together; accumulate: micro-batches of a step.
     learning_rate: the highest; warmup_steps from 0 to it, then a cosine to final_learning_rate.
     weight_decay, beta1, beta2, eps, max_grad_norm: see make_optimizer.
-    dtype: of the arithmetic; weights are kept in float32.
+    lora: an adapter of this config is trained, in place of all parameters.
+    dtype: of the arithmetic; what is trained is kept in float32.
     remat: see make_train_step.
     seed: of the order of the data.
     log_every, save_every, eval_every: in steps; the last step does all three.
@@ -69,6 +73,7 @@ class TrainingOptions:
     beta2: float = 0.999
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+    lora: LoraConfig | None = None
     dtype: str = "bfloat16"
     remat: Remat = "none"
     seed: int = 0
@@ -91,21 +96,21 @@ def train(
     resume: bool = False,
     report: Callable[[Record, int], None] = lambda record, steps: None,
 ) -> tuple[Model, int]:
-    """Train all parameters of a model.
+    """Train all parameters of a model, or an adapter beside them.
 
     Args:
-      model: its parameters in float32.
+      model: its parameters in float32; with options.lora in any dtype.
       rows: of dataset.pack; held_out: likewise, for the evaluation.
       resume: go on from the last checkpoint in `out`, bit for bit; from the start where there is none yet.
       report: called with each record of the metrics, and the steps of the run.
 
     Returns:
-      (the trained model, in float32; the steps that were taken): fewer than the run's after SIGTERM, which ends it
-      with a checkpoint.
+      (the trained model, in float32 what was trained; the steps that were taken): fewer than the run's after SIGTERM,
+      which ends it with a checkpoint.
 
     Raises:
       FileExistsError: `out` has a run already, and resume is False.
-      ValueError: the run in `out` has other options.
+      ValueError: the run in `out` has other options; a config of an adapter that is not supported.
       ImportError: grain or orbax is not installed.
     """
     steps = options.steps_for(len(rows["input_ids"]))
@@ -118,16 +123,19 @@ def train(
         max_grad_norm=options.max_grad_norm,
     )
     batches = Batches(rows, options.batch_size, options.accumulate, options.seed)
+    parts = _whole(model) if options.lora is None else _adapter(model, options.lora, options.seed)
+    model = parts.model
     module = model.module.clone(dtype=jnp.dtype(options.dtype))
-    step = jax.jit(make_train_step(module, optimizer, remat=options.remat), donate_argnums=0)
+    train_step = make_train_step(module, optimizer, remat=options.remat, assemble=parts.assemble)
+    step = jax.jit(train_step, donate_argnums=0)
     evaluate = Evaluation(model.module, held_out, options.batch_size)
     with _Run(out, options, resume) as run, _terminated() as is_terminated:
         # A copy: the step donates what it is given, and the model stays the caller's.
-        state = run.restore(TrainState.create({"params": jax.tree.map(jnp.copy, model.params)}, optimizer))
+        state = run.restore(TrainState.create(jax.tree.map(jnp.copy, parts.trainable), optimizer))
         taken = int(state.step)
         clock = _Clock(taken)
         while taken < steps and not is_terminated():
-            state, metrics = step(state, place(batches[taken], model))
+            state, metrics = step(state, place(batches[taken], model), parts.frozen)
             taken += 1
             is_last = taken == steps
             if taken % options.log_every == 0 or is_last:
@@ -135,13 +143,49 @@ def train(
                 record = {"step": taken, **{name: float(value) for name, value in metrics.items()}}
                 record |= {"learning_rate": float(schedule(taken - 1)), "tokens_per_second": clock.rate(taken, tokens)}
                 if held_out is not None and (taken % options.eval_every == 0 or is_last):
-                    record |= evaluate(state.trainable)
+                    record |= evaluate(parts.assemble(state.trainable, parts.frozen))
                 run.log(record)
                 report(record, steps)
             if taken % options.save_every == 0 or is_last:
                 run.save(taken, state)
         run.save(taken, state)
-    return dataclasses.replace(model, params=state.trainable["params"]), taken
+    return parts.trained(state.trainable), taken
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """A model taken apart for training.
+
+    trainable, frozen: what is trained and what is not. assemble: from both to the variables of the model's module.
+    trained: the model with other tensors in the place of `trainable`.
+    """
+
+    model: Model
+    trainable: Variables
+    frozen: Variables
+    assemble: Callable[[Variables, Variables], Variables]
+    trained: Callable[[Variables], Model]
+
+
+def _whole(model: Model) -> _Parts:
+    """All parameters are trained."""
+
+    def trained(trainable: Variables) -> Model:
+        return dataclasses.replace(model, params=trainable["params"])
+
+    return _Parts(model, {"params": model.params}, {}, lambda trainable, frozen: trainable, trained)
+
+
+def _adapter(base: Model, config: LoraConfig, seed: int) -> _Parts:
+    """A new adapter is trained, beside parameters that stay as they are."""
+    assemble = assemble_adapter(base.module, config)
+    model = base.add_adapter(config, seed=seed)
+
+    def trained(trainable: Variables) -> Model:
+        return model.replace_adapter(DEFAULT_NAME, trainable["adapter"])
+
+    adapter = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.adapter())  # modules_to_save are the base's
+    return _Parts(model, {"adapter": adapter}, {"params": base.params}, assemble, trained)
 
 
 def place(batch: Rows, model: Model) -> dict[str, jax.Array]:

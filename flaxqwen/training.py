@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flaxqwen.lora import LoraConfig, make_variables
 from flaxqwen.models.losses import IGNORE_INDEX, cross_entropy
 from flaxqwen.models.qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, make_visibility, token_slots
 from flaxqwen.ops.linear import Linear
@@ -47,7 +48,7 @@ class TrainState(flax.struct.PyTreeNode):
     """All that a step changes.
 
     step: [] int32, how many steps were taken.
-    trainable: the collections that are trained, {"params": ...} or {"lora": ...}, in the dtype in which they are kept.
+    trainable: what is trained, {"params": ...} or {"adapter": ...}, in the dtype in which it is kept.
     opt_state: of optax.
     """
 
@@ -107,6 +108,7 @@ def make_train_step(
     *,
     remat: Remat = "none",
     loss_chunk: int = LOSS_CHUNK,
+    assemble: Callable[[Variables, Variables], Variables] = lambda trainable, frozen: {**frozen, **trainable},
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A pure step of training, to be jitted with the state donated.
 
@@ -114,12 +116,14 @@ def make_train_step(
       module: its dtype is that of the arithmetic. With layers stacked by stack_layers they run in a scan.
       remat: what is kept of each layer: all ("none"), the products with weights ("dots"), or its input ("full").
       loss_chunk: tokens whose logits are in memory at a time.
+      assemble: from what is trained and what is frozen to what the module is applied to. Default: all collections of
+        both; for an adapter, assemble_adapter(...).
 
     Returns:
       step(state, batch, frozen={}) -> (state, metrics). The batch has input_ids and labels, and may have segment_ids,
       position_ids and attention_mask, each [B, T]; or [A, B, T], to sum the gradients of A micro-batches. Labels are
       moved by one in the loss and -100 is ignored; the loss is the mean over all labels of all micro-batches. `frozen`
-      are the collections that are not trained. Metrics: loss in nats, grad_norm before clipping, items (the labels).
+      is what is not trained. Metrics: loss in nats, grad_norm before clipping, items (the labels).
 
     Raises:
       ValueError: not supported in training: other modules, attention dropout, a mesh on which heads are padded or
@@ -136,7 +140,7 @@ def make_train_step(
         items = count_items(batch)
 
         def loss(trainable: Variables, micro: Batch) -> jax.Array:
-            variables = {**(frozen or {}), **trainable}
+            variables = assemble(trainable, frozen or {})
             return loss_sum(module, variables, micro, remat=remat, chunk=loss_chunk) / jnp.maximum(items, 1)
 
         value, gradients = _accumulate(jax.value_and_grad(loss), state.trainable, batch)
@@ -146,6 +150,20 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
+
+
+def assemble_adapter(base: nn.Module, config: LoraConfig) -> Callable[[Variables, Variables], Variables]:
+    """For make_train_step: from {"adapter": its tensors} and {"params": the base's} to the variables of the module.
+
+    Args:
+      base: the module without the adapter; the step's own module is adapted_module(base, [the tensors]).
+
+    Raises:
+      ValueError: lora_dropout, which needs random numbers that the step does not draw.
+    """
+    if config.lora_dropout:
+        raise ValueError(f"lora_dropout is {config.lora_dropout}; training supports 0 alone")
+    return lambda trainable, frozen: make_variables(base, frozen["params"], [(config, trainable["adapter"])])
 
 
 def _accumulate(gradient: Callable, trainable: Variables, batch: Batch) -> tuple[jax.Array, Variables]:

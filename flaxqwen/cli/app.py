@@ -16,11 +16,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Qwen2, Qwen2.5 and Qwen2-Audio in JAX/Flax: convert checkpoints, generate text, train, compare with PyTorch.",
-    epilog="MODEL is a folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct. "
+    epilog="MODEL is a folder, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or demo, which is in the package. "
     "`flaxqwen COMMAND --help` has the options of a command, and examples.",
 )
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub id.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or demo.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Of weights and arithmetic; auto: as the model's config says."),
@@ -154,6 +154,7 @@ def _convert(
 @app.command(
     "generate",
     epilog=_examples(
+        'flaxqwen generate demo "What is 123 + 456?"',
         'flaxqwen generate Qwen/Qwen2.5-0.5B "The capital of France is"',
         'flaxqwen generate ./qwen "Write a haiku." --chat --temperature 0.7 --top-p 0.8 --seed 1',
         "cat question.txt | flaxqwen generate ./qwen - --chat --json",
@@ -175,7 +176,10 @@ def _generate(
     ids: Annotated[
         str | None, typer.Option(metavar="IDS", help='A prompt of token ids, "1 2 3": needs no tokenizer.')
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message: apply the template.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="The prompt is a user's message: apply the template. Default for demo."),
+    ] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -407,6 +411,7 @@ def _parity(
         "flaxqwen train Qwen/Qwen2.5-0.5B chats.jsonl --out tuned --epochs 3 --learning-rate 1e-5",
         "flaxqwen train ./qwen texts.jsonl --out tuned --eval held_out.jsonl --plot",
         "flaxqwen train ./qwen chats.jsonl --out tuned --resume",
+        "flaxqwen train ./qwen chats.jsonl --out adapter --lora r=16,lora_alpha=32,target_modules=q_proj,v_proj",
     ),
 )
 def _train(
@@ -440,12 +445,15 @@ def _train(
     log_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between lines of metrics.jsonl.")] = 10,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR, bit for bit.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Write DIR/loss.png.")] = False,
+    lora: Annotated[
+        str | None, typer.Option(metavar="FIELDS", help="Train an adapter alone: r=16,lora_alpha=32,... as peft's.")
+    ] = None,
 ) -> None:
     """Train a model on chats or texts.
 
     A line of DATA is {"messages": [{"role": "user", "content": "..."}, ...]}, whose loss is on the assistant's messages
     alone, or {"text": "..."}. Examples are packed into rows, where none sees another. SIGTERM saves and stops.
-    DIR has the model in PyTorch's format at the end, and metrics.jsonl.
+    DIR has the model in PyTorch's format at the end, or the adapter in peft's (--lora), and metrics.jsonl.
     """
     from flaxqwen.cli.train import train_model
 
@@ -457,6 +465,7 @@ def _train(
         length=length,
         resume=resume,
         plot=plot,
+        lora=lora,
         options={
             "steps": steps,
             "epochs": epochs,

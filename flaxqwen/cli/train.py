@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import sys
 import time
@@ -20,6 +21,7 @@ from flaxqwen.cli.text import load_tokenizer, need_tokenizer
 from flaxqwen.config import config_from_file
 from flaxqwen.dataset import pack, read_examples
 from flaxqwen.hub import resolve_folder
+from flaxqwen.lora import LoraConfig
 from flaxqwen.trainer import Record, Rows, TrainingOptions, train
 
 TOKENIZER_FILES = (
@@ -31,14 +33,15 @@ DEFAULT_LENGTH = 1024
 
 def train_model(
     name: str, data: Path, out: Path, *, evaluate: Path | None, length: int | None, resume: bool, plot: bool,
-    options: dict[str, Any],
+    lora: str | None, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Train on a file of chats or texts, and write the model and its tokenizer into `out`, in PyTorch's format.
+    """Train on a file of chats or texts, and write the model and its tokenizer, or the adapter, into `out`.
 
     Args:
       evaluate: a file of the same form, for the loss on held-out data.
       length: tokens of a packed row; default: DEFAULT_LENGTH, or the model's context where that is shorter.
       plot: write out/loss.png.
+      lora: fields of the adapter's config, as parse_lora takes them; None: all parameters are trained.
       options: of TrainingOptions; a dtype of "auto" is that of the model's config.
 
     Raises:
@@ -52,8 +55,9 @@ def train_model(
     length = min(length or DEFAULT_LENGTH, config.context_length)
     rows = _rows(data, tokenizer, length)
     held_out = None if evaluate is None else _rows(evaluate, tokenizer, length)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    chosen = TrainingOptions(dtype=dtype, **options)
+    adapter = None if lora is None else parse_lora(lora, name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32" if adapter is None else dtype)
+    chosen = TrainingOptions(dtype=dtype, lora=adapter, **options)
     with _progress() as report:
         trained, taken = train(model, rows, out, chosen, held_out=held_out, resume=resume, report=report)
     if plot:
@@ -62,12 +66,64 @@ def train_model(
     if taken < steps:
         print(f"{out}: stopped after {taken} of {steps} steps; --resume goes on", file=sys.stderr)
         return
+    if adapter is not None:
+        trained.save_adapter(out)
+        print(out)
+        return
     params = jax.tree.map(lambda leaf: leaf.astype(own_dtype), trained.params)
     dataclasses.replace(trained, params=params).save_pretrained(out, to="pytorch")
     for file in TOKENIZER_FILES:
         if (folder / file).is_file():
             shutil.copyfile(folder / file, out / file)
     print(out)
+
+
+def parse_lora(text: str, base: str) -> LoraConfig:
+    """The config of "r=16,lora_alpha=32,target_modules=q_proj,v_proj,use_dora=true", for a base model's name.
+
+    Raises:
+      ValueError: a field that is none of LORA_FIELDS, or a value that is not its.
+    """
+    fields: dict[str, list[str]] = {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals:  # one more of the values before
+            if not fields:
+                raise ValueError(f"--lora: found {text!r}; expected fields such as r=16,lora_alpha=32")
+            fields[next(reversed(fields))].append(name)
+        elif name in fields:
+            raise ValueError(f"--lora: {name} is there twice")
+        elif name not in LORA_FIELDS:
+            raise ValueError(f"--lora: {name!r} is none of {', '.join(LORA_FIELDS)}; LoraConfig in Python has more")
+        else:
+            fields[name] = [value]
+    values: dict[str, Any] = {}
+    for name, found in fields.items():
+        try:
+            values[name] = LORA_FIELDS[name](found)
+        except (ValueError, KeyError):
+            raise ValueError(f"--lora: {name}={','.join(found)!r} is not a value of that field") from None
+    return LoraConfig(**values, notes={"base_model_name_or_path": base, "task_type": "CAUSAL_LM"})
+
+
+def _modules(found: list[str]) -> tuple[str, ...] | str:
+    """Names; or "all-linear", or a regular expression, which is no name."""
+    return tuple(found) if all(re.fullmatch(r"[\w.]+", name) for name in found) else ",".join(found)
+
+
+def _flag(found: list[str]) -> bool:
+    return {"true": True, "false": False}[",".join(found).lower()]
+
+
+# What --lora takes, by the names of peft.LoraConfig, from the values between commas.
+LORA_FIELDS: dict[str, Callable[[list[str]], Any]] = {
+    "r": lambda found: int(",".join(found)),
+    "lora_alpha": lambda found: float(",".join(found)),
+    "target_modules": _modules,
+    "modules_to_save": tuple,
+    "use_rslora": _flag,
+    "use_dora": _flag,
+}
 
 
 def _rows(path: Path, tokenizer: Any, length: int) -> Rows:
