@@ -1,4 +1,4 @@
-"""From a model's name to a folder: local paths as they are, hub ids through huggingface_hub."""
+"""From a model's name to a folder: local paths as they are, hub ids through huggingface_hub, `demo` in the package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+# Models in the package, by their id. The name wins over a folder of the same name, which is meant by ./demo.
+BUILT_IN = {"demo": Path(__file__).parent / "demo" / "model"}
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 # The files of each format of weights, in the order in which open_checkpoint looks for them in a folder. A repository
 # may hold several formats and variants ("model.fp16.safetensors") of the same weights: only the first is fetched.
@@ -31,7 +33,7 @@ def resolve_folder(
     """The folder of a model's files, fetched from the hub if need be.
 
     Args:
-      name: a folder, or a hub id such as "Qwen/Qwen2.5-0.5B-Instruct".
+      name: a folder, or a hub id such as "Qwen/Qwen2.5-0.5B-Instruct"; or "demo", the model in the package.
       weights: False fetches only what is small: config, tokenizer, licence.
       revision, token, cache_dir, local_files_only: of the hub, as in Transformers; a folder has no use for them.
         HF_HUB_OFFLINE=1 is heeded.
@@ -39,6 +41,8 @@ def resolve_folder(
     Raises:
       FileNotFoundError: no such folder, nor such a repository (or it cannot be reached, and is not in the cache).
     """
+    if str(name) in BUILT_IN:
+        return BUILT_IN[str(name)]
     path = Path(name).expanduser()
     if path.is_dir():
         return path

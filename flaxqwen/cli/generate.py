@@ -29,7 +29,7 @@ from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig, config_from_file
 from flaxqwen.distributed import is_main
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.inputs import check_input_ids
-from flaxqwen.hub import resolve_folder
+from flaxqwen.hub import BUILT_IN, resolve_folder
 from flaxqwen.sharding import mesh_of
 
 # Transformers' default, 20, cuts nearly every answer in the middle of a sentence.
@@ -42,7 +42,7 @@ def generate_text(
     *,
     file: Path | None,
     ids: str | None,
-    chat: bool,
+    chat: bool | None,
     system: str | None,
     max_new_tokens: int | None,
     options: dict[str, Any],
@@ -61,7 +61,7 @@ def generate_text(
 
     Args:
       prompt, file, ids: where the prompt comes from, one of them.
-      chat, system: apply the chat template, with a system message.
+      chat, system: apply the chat template, with a system message. None: to text for `demo`, which knows nothing else.
       options: of sampling, for generate().
       regex, json_schema: what the text is to match; the schema in a file. assistant: a draft model.
       adapter: a folder of peft's, or a hub id. audio: files that the prompt is about, for Qwen2-Audio.
@@ -71,6 +71,7 @@ def generate_text(
     Raises:
       ValueError: a prompt that is empty, out of the vocabulary, longer than the context, or given in several ways.
     """
+    chat = name in BUILT_IN and ids is None if chat is None else chat
     check_sources(prompt, file, ids, chat, system, audio)
     folder = resolve_folder(name)
     auto = language_model_class(whole := config_from_file(folder))
