@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -65,9 +66,13 @@ def test_commands(tiny, tiny_audio, tmp_path, monkeypatch, capsys):
     commands = [command[1:] for command in commands if command[:1] == ["flaxqwen"]]
     assert {command[0] for command in commands} >= {"convert", "generate", "chat", "info", "parity"}
     local = {HUB_ID: tiny, AUDIO_HUB_ID: tiny_audio}
+    chat = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "2"}]
+    Path("chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     for command in commands:
         if command[0] == "parity":
             pytest.importorskip("torch", reason="parity compares with PyTorch")
+        if command[0] == "train":
+            pytest.importorskip("orbax.checkpoint", reason="trains: pip install 'flaxqwen[train]'")
         if command[0] == "chat":
             monkeypatch.setattr("sys.stdin", iter(()))
             continue  # reads a terminal; tests/cli/test_chat.py has it
