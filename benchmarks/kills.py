@@ -1,18 +1,22 @@
-"""Batch jobs that are killed at random moments, and gone on with: is every result the bytes of an undisturbed run?
+"""Jobs that are killed at random moments, and gone on with: is every result the bytes of an undisturbed run?
 
-    python -m benchmarks.kills [--kills 30] [--lines 600] [--dtype float32]
+    python -m benchmarks.kills batch [--kills 30] [--lines 600] [--dtype float32]
+    python -m benchmarks.kills convert [--kills 30]
 
-A random tiny model continues prompts of random lengths, every third one sampled. A job is killed (SIGKILL) at random
-moments, from the start of the process on, and the same command is given until the job is done; then the next job
-begins, until there have been so many kills. The last line is JSON.
+batch: a random tiny model continues prompts of random lengths, every third one sampled. convert: a checkpoint of 0.4 GB
+in bfloat16 becomes 81 shards in float32. A job is killed (SIGKILL) at random moments, from the start of the process on,
+and the same command is given until the job is done; then the next job begins, until there have been so many kills. The
+last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,12 +25,12 @@ from pathlib import Path
 
 from flaxqwen import AutoModelForCausalLM, Qwen2Config
 
-COMMAND = [sys.executable, "-c", "import sys; from flaxqwen.cli import main; sys.exit(main(sys.argv[1:]))", "batch"]
+COMMAND = [sys.executable, "-c", "import sys; from flaxqwen.cli import main; sys.exit(main(sys.argv[1:]))"]
 NEW = 48
 
 
-def write_inputs(folder: Path, lines: int, dtype: str) -> None:
-    """The model, and in.jsonl."""
+def write_batch(folder: Path, lines: int, dtype: str) -> list[str]:
+    """The model, and in.jsonl; returns the command, but for its target."""
     config = Qwen2Config(
         vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, eos_token_id=7, dtype=dtype,
@@ -37,19 +41,50 @@ def write_inputs(folder: Path, lines: int, dtype: str) -> None:
             ids = [random.randrange(2048) for _ in range(random.randint(1, 120))]
             options = {"max_new_tokens": random.randint(1, NEW)} | ({"temperature": 1.1} if i % 3 == 0 else {})
             file.write(json.dumps({"id": f"line {i}", "ids": ids, "options": options}) + "\n")
+    return ["batch", str(folder / "model"), str(folder / "in.jsonl")]
 
 
-def start(folder: Path, target: str) -> subprocess.Popen:
+def write_checkpoint(folder: Path) -> list[str]:
+    """A checkpoint; returns the command, and its options, but for its target."""
+    config = Qwen2Config(
+        vocab_size=32000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, num_attention_heads=16,
+        num_key_value_heads=2, dtype="bfloat16",
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype="bfloat16").save_pretrained(folder / "model", to="pytorch")
+    return ["convert", "--dtype", "float32", "--max-shard-size", "10MB", str(folder / "model")]
+
+
+def start(folder: Path, command: list[str], target: str) -> subprocess.Popen:
     """The command. Its programs are kept, so that it is at work soon."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [*COMMAND, str(folder / "model"), str(folder / "in.jsonl"), str(folder / target)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen([*COMMAND, *command, str(folder / target)], env=environment, stdout=subprocess.DEVNULL)
 
 
-def killed(folder: Path, target: str, seconds: float) -> bool:
-    """Run the command, and kill it after so many seconds; False: it had ended before."""
-    running = start(folder, target)
+def contents(path: Path) -> dict[str, bytes]:
+    """The bytes of a file, or of all files of a folder, by name."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {file.name if path.is_dir() else "": hashlib.sha256(file.read_bytes()).digest() for file in files}
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def finished(folder: Path, target: str) -> int:
+    """What a killed job has finished: lines, or files."""
+    partial, journal = folder / f"{target}.partial-0", folder / target / ".journal.flaxqwen"
+    if partial.exists():
+        return max(partial.read_bytes().count(b"\n") - 1, 0)
+    return len(json.loads(journal.read_bytes())["files"]) if journal.exists() else 0
+
+
+def killed(folder: Path, command: list[str], target: str, seconds: float) -> bool:
+    """Run the command, and kill it after at most so many seconds; False: it had ended before."""
+    running = start(folder, command, target)
     try:
         code = running.wait(timeout=random.uniform(0, seconds))
     except subprocess.TimeoutExpired:
@@ -63,34 +98,38 @@ def killed(folder: Path, target: str, seconds: float) -> bool:
 def main() -> int:
     """Returns the exit code: 1 where a result differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("batch", "convert"))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--lines", type=int, default=600)
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_inputs(folder, arguments.lines, arguments.dtype)
+        batch = arguments.job == "batch"
+        command = write_batch(folder, arguments.lines, arguments.dtype) if batch else write_checkpoint(folder)
         for _ in range(2):  # the second time without compiling
-            (folder / "whole").unlink(missing_ok=True)
+            remove(folder / "whole")
             begun = time.perf_counter()
-            assert start(folder, "whole").wait() == 0
+            assert start(folder, command, "whole").wait() == 0
             seconds = time.perf_counter() - begun
-        whole = (folder / "whole").read_bytes()
+        whole = contents(folder / "whole")
         kills, jobs, identical, within = 0, 0, 0, 0
         while kills < arguments.kills:
             jobs += 1
-            target = f"out-{jobs}"
-            while kills < arguments.kills and killed(folder, target, seconds):
+            target, done = f"out-{jobs}", False
+            while kills < arguments.kills and not done:
+                if done := not killed(folder, command, target, seconds):
+                    break
                 kills += 1
-                partial = folder / f"{target}.partial-0"
-                written = partial.read_bytes().count(b"\n") if partial.exists() else 0
-                within += 1 < written <= arguments.lines
-                print(f"kill {kills}: job {jobs}, {max(written - 1, 0)} lines done", flush=True)
-            if not (folder / target).exists():
-                assert start(folder, target).wait() == 0
-            identical += (folder / target).read_bytes() == whole
-    result = {"kills": kills, "with_lines_done": within, "jobs": jobs, "identical": identical, "lines": arguments.lines}
-    print(json.dumps(result | {"dtype": arguments.dtype, "undisturbed_seconds": seconds}))
+                count = finished(folder, target)
+                within += count > 0
+                print(f"kill {kills}: job {jobs}, {count} {'lines' if batch else 'files'} finished", flush=True)
+            if not done:
+                assert start(folder, command, target).wait() == 0
+            identical += contents(folder / target) == whole
+            remove(folder / target)
+    result = {"job": arguments.job, "kills": kills, "with_parts_finished": within, "jobs": jobs, "identical": identical}
+    print(json.dumps(result | {"undisturbed_seconds": seconds}))
     return 0 if identical == jobs else 1
 
 
