@@ -53,9 +53,10 @@ class Traced(flax.struct.PyTreeNode):
 
 
 class TracedPytree(flax.struct.PyTreeNode):
-    """The same for a callable that is a pytree: its values are traced."""
+    """The same for a callable that is a pytree: its values are traced. kind: its class, see processors.base."""
 
     function: Callable[..., Any]
+    kind: type = flax.struct.field(pytree_node=False)
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array:
         return by_rows(self.function, input_ids, scores, cur_len)
@@ -150,7 +151,7 @@ def _wrap(name: str, function: Any, rows: int, vocab_size: int, check: Callable[
     if not is_pytree:
         traced = Traced(ByIdentity(function), takes_cur_len(function))
     elif not type(function).__module__.startswith("flaxqwen."):
-        traced = TracedPytree(function)
+        traced = TracedPytree(function, type(function))
     shape = _trace(traced, rows, vocab_size)
     if shape is None:
         return HostCall(function)

@@ -5,9 +5,11 @@ Axes: B batch, S columns of the sequence buffer, V vocabulary, E ids in a list.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, TypeVar, dataclass_transform
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,39 @@ class LogitsProcessor(Protocol):
     """Anything with this call can be a processor; it is traced into the decoding program."""
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array: ...
+
+
+C = TypeVar("C")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(flax.struct.field,))
+def processor(cls: type[C]) -> type[C]:
+    """A frozen dataclass that is a pytree, as by flax.struct.dataclass, whose structure is equal to no other class's.
+
+    jaxlib (0.10.2) compares the classes of pytrees, but not of those that are registered as dataclasses: min-p and
+    top-p, which have as many fields, were equal keys of jit's cache, and one call in a hundred got the other's program.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    traced = [field.name for field in fields if field.metadata.get("pytree_node", True)]
+    static = [field.name for field in fields if field.name not in traced]
+    keys = [jax.tree_util.GetAttrKey(name) for name in traced]
+
+    def flatten(self: C) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(self, name) for name in traced), tuple(getattr(self, name) for name in static)
+
+    def flatten_with_keys(self: C) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        values, statics = flatten(self)
+        return tuple(zip(keys, values, strict=True)), statics
+
+    def unflatten(statics: tuple[Any, ...], values: Any) -> C:
+        self = object.__new__(cls)
+        for name, value in zip((*traced, *static), (*values, *statics), strict=True):
+            object.__setattr__(self, name, value)
+        return self
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 def require(condition: bool, name: str, found: Any, expected: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -18,12 +17,13 @@ from flaxqwen.generation.processors.base import (
     length_of,
     pad_eos,
     pad_ids,
+    processor,
     require_integer,
     suppress,
 )
 
 
-@flax.struct.dataclass
+@processor
 class MinLengthLogitsProcessor:
     """No end of sequence before min_length tokens, the prompt included."""
 
@@ -38,7 +38,7 @@ class MinLengthLogitsProcessor:
         return suppress(scores, self.eos_token_id, length_of(input_ids, cur_len) < jnp.asarray(self.min_length))
 
 
-@flax.struct.dataclass
+@processor
 class MinNewTokensLengthLogitsProcessor:
     """No end of sequence before min_new_tokens tokens after the prompt."""
 
@@ -56,7 +56,7 @@ class MinNewTokensLengthLogitsProcessor:
         return suppress(scores, self.eos_token_id, new < self.min_new_tokens)
 
 
-@flax.struct.dataclass
+@processor
 class ForcedBOSTokenLogitsProcessor:
     """The second token of a sequence, after a prompt of one, is bos_token_id."""
 
@@ -66,7 +66,7 @@ class ForcedBOSTokenLogitsProcessor:
         return force(scores, self.bos_token_id, length_of(input_ids, cur_len) == 1)
 
 
-@flax.struct.dataclass
+@processor
 class ForcedEOSTokenLogitsProcessor:
     """The last token before max_length, prompt included, is one of eos_token_id."""
 
@@ -81,7 +81,7 @@ class ForcedEOSTokenLogitsProcessor:
         return force(scores, self.eos_token_id, last)
 
 
-@flax.struct.dataclass
+@processor
 class SuppressTokensLogitsProcessor:
     """-inf for the listed tokens."""
 
@@ -94,7 +94,7 @@ class SuppressTokensLogitsProcessor:
         return suppress(scores, self.suppress_tokens)
 
 
-@flax.struct.dataclass
+@processor
 class SuppressTokensAtBeginLogitsProcessor:
     """-inf for the listed tokens where the sequence is begin_index tokens long."""
 
@@ -116,7 +116,7 @@ def _pad_list(ids: Any) -> Any:
     return pad_ids(ids, multiple=max(4, 1 << (len(ids) - 1).bit_length()) if len(ids) else 4)
 
 
-@flax.struct.dataclass
+@processor
 class InfNanRemoveLogitsProcessor:
     """0 for NaN, the largest and smallest finite numbers for the infinities."""
 
@@ -124,7 +124,7 @@ class InfNanRemoveLogitsProcessor:
         return jnp.nan_to_num(scores)
 
 
-@flax.struct.dataclass
+@processor
 class LogitNormalization:
     """Scores that are log-probabilities: their exponentials add up to 1."""
 

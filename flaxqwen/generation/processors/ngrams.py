@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from flaxqwen.generation.processors.base import ban, column, length_of, pad_prompt, repeat_rows, require_integer
+from flaxqwen.generation.processors.base import (
+    ban,
+    column,
+    length_of,
+    pad_prompt,
+    processor,
+    repeat_rows,
+    require_integer,
+)
 
 
 def _follows_newest(ids: jax.Array, input_ids: jax.Array, length: jax.Array, size: jax.Array) -> jax.Array:
@@ -26,7 +33,7 @@ def _follows_newest(ids: jax.Array, input_ids: jax.Array, length: jax.Array, siz
     return jax.lax.fori_loop(1, size, compare, jnp.broadcast_to(enough, ids.shape))
 
 
-@flax.struct.dataclass
+@processor
 class NoRepeatNGramLogitsProcessor:
     """-inf for the tokens that would complete an n-gram which the sequence, prompt included, already holds."""
 
@@ -41,7 +48,7 @@ class NoRepeatNGramLogitsProcessor:
         return ban(scores, input_ids, repeats & (jnp.arange(input_ids.shape[1]) < length))
 
 
-@flax.struct.dataclass
+@processor
 class EncoderNoRepeatNGramLogitsProcessor:
     """-inf for the tokens that would complete an n-gram of the prompt.
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +21,7 @@ from flaxqwen.generation.processors.base import (
     length_of,
     pad_eos,
     pad_prompt,
+    processor,
     repeat_rows,
     require,
 )
@@ -38,7 +38,7 @@ def _require_penalty(penalty: Any) -> None:
         require(isinstance(penalty, float) and penalty > 0, "penalty", penalty, "a strictly positive float")
 
 
-@flax.struct.dataclass
+@processor
 class RepetitionPenaltyLogitsProcessor:
     """Scores of tokens already present are divided by the penalty, or multiplied when negative (Keskar et al. 2019).
 
@@ -61,7 +61,7 @@ class RepetitionPenaltyLogitsProcessor:
         return _penalise(scores, jnp.where(counts, input_ids, NO_ID), self.penalty)
 
 
-@flax.struct.dataclass
+@processor
 class EncoderRepetitionPenaltyLogitsProcessor:
     """The repetition penalty's inverse for the tokens of the prompt: above 1 favours them.
 
@@ -79,7 +79,7 @@ class EncoderRepetitionPenaltyLogitsProcessor:
         return _penalise(scores, repeat_rows(self.encoder_input_ids, scores), 1.0 / jnp.asarray(self.penalty))
 
 
-@flax.struct.dataclass
+@processor
 class Sequences:
     """Listed sequences of tokens, filled up so that few shapes exist.
 
@@ -122,7 +122,7 @@ class Sequences:
                 raise ValueError(f"The model vocabulary size is {vocab_size}, but these tokens are biased: {unknown}")
 
 
-@flax.struct.dataclass
+@processor
 class SequenceBiasLogitsProcessor:
     """Add a bias to the token that would complete a listed sequence.
 
@@ -139,7 +139,7 @@ class SequenceBiasLogitsProcessor:
         return self.sequence_bias.add_bias(input_ids, scores, length_of(input_ids, cur_len))
 
 
-@flax.struct.dataclass
+@processor
 class NoBadWordsLogitsProcessor:
     """-inf for the token that would complete one of the listed sequences, of which [eos_token_id] is none.
 
@@ -201,7 +201,7 @@ class Growth(NamedTuple):
         return cls(penalty[0], np.float32(high), np.float32(log2 - high))
 
 
-@flax.struct.dataclass
+@processor
 class ExponentialDecayLengthPenalty:
     """From a length on, raise the scores of the end-of-sequence ids: + |score| (factor ** (tokens past it) - 1).
 

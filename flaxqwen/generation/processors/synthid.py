@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from flaxqwen.generation.processors.base import column, is_list, length_of, require, require_integer
+from flaxqwen.generation.processors.base import column, is_list, length_of, processor, require, require_integer
 from flaxqwen.generation.processors.torch_random import host_draws
 
 MULTIPLIER = 6364136223846793005  # of the hash, a linear congruential generator of 64 bits
@@ -23,7 +23,7 @@ LARGEST_TABLE = 2**24
 SMALLEST_PERIOD = 2**15  # a smaller table is repeated, so that V is a few periods at most
 
 
-@flax.struct.dataclass
+@processor
 class SynthIDTextWatermarkLogitsProcessor:
     """Reweigh tokens, in a tournament for each key, by bits hashed from them in context (Dathathri et al. 2024).
 

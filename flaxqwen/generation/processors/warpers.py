@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from flaxqwen.generation.processors.base import is_number, kth_highest, require, require_integer, smallest_float
+from flaxqwen.generation.processors.base import (
+    is_number,
+    kth_highest,
+    processor,
+    require,
+    require_integer,
+    smallest_float,
+)
 
 # top_k is traced below a static limit, the next power of two: k = 20 and k = 50 share one program.
 MIN_TOP_K_LIMIT = 64
@@ -39,7 +46,7 @@ def _drop(warper: Any, scores: jax.Array, dropped: jax.Array, preference: jax.Ar
     return jnp.where(dropped, warper.filter_value, scores)
 
 
-@flax.struct.dataclass
+@processor
 class TemperatureLogitsWarper:
     """Divide the scores by a temperature: below 1 sharpens the distribution, above 1 flattens it."""
 
@@ -53,7 +60,7 @@ class TemperatureLogitsWarper:
         return scores / self.temperature
 
 
-@flax.struct.dataclass
+@processor
 class TopKLogitsWarper:
     """Keep the k highest scores; those tied with the k-th are kept too, as in Transformers."""
 
@@ -74,7 +81,7 @@ class TopKLogitsWarper:
         return jnp.where(scores < kth, self.filter_value, scores)
 
 
-@flax.struct.dataclass
+@processor
 class TopPLogitsWarper:
     """Keep the most probable tokens whose probabilities add up to top_p (nucleus sampling, Holtzman et al. 2020)."""
 
@@ -98,7 +105,7 @@ class TopPLogitsWarper:
         return _drop(self, scores, probs < smallest_float(mass_exceeds, scores.shape[0], 1.0))
 
 
-@flax.struct.dataclass
+@processor
 class MinPLogitsWarper:
     """Keep the tokens at least min_p times as probable as the most probable one (Nguyen et al. 2024)."""
 
@@ -117,7 +124,7 @@ class MinPLogitsWarper:
         return _drop(self, scores, probs < self.min_p * jnp.max(probs, axis=-1, keepdims=True))
 
 
-@flax.struct.dataclass
+@processor
 class TypicalLogitsWarper:
     """Keep the tokens whose surprise is nearest to its mean, the entropy, up to a mass (Meister et al. 2022)."""
 
@@ -143,7 +150,7 @@ class TypicalLogitsWarper:
         return _drop(self, scores, distance > threshold, preference=-distance)
 
 
-@flax.struct.dataclass
+@processor
 class EpsilonLogitsWarper:
     """Keep the tokens of probability epsilon or more (Hewitt et al. 2022)."""
 
@@ -161,7 +168,7 @@ class EpsilonLogitsWarper:
         return _drop(self, scores, jax.nn.softmax(scores, axis=-1) < self.epsilon)
 
 
-@flax.struct.dataclass
+@processor
 class EtaLogitsWarper:
     """Keep the tokens of probability min(epsilon, sqrt(epsilon) exp(-entropy)) or more (Hewitt et al. 2022)."""
 
@@ -182,7 +189,7 @@ class EtaLogitsWarper:
         return _drop(self, scores, probs < eta)
 
 
-@flax.struct.dataclass
+@processor
 class TopHLogitsWarper:
     """Keep the most probable tokens whose terms of the entropy add up to top_h of it (arXiv 2509.02510).
 

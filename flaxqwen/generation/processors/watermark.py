@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from flaxqwen.generation.processors.base import column, is_number, length_of, require, require_integer
+from flaxqwen.generation.processors.base import column, is_number, length_of, processor, require, require_integer
 from flaxqwen.generation.processors.torch_random import permutation_starts_with, permutation_starts_with_value, randperm
 
 SCHEMES = ("selfhash", "lefthash")
@@ -23,7 +23,7 @@ CANDIDATES = 40  # highest scores that selfhash looks at, in Transformers
 Wide = tuple[jax.Array, jax.Array]  # 64 bits as two uint32, the high one first
 
 
-@flax.struct.dataclass
+@processor
 class WatermarkLogitsProcessor:
     """Add a bias to "green" tokens, drawn anew for each token from the tokens before it (Kirchenbauer et al. 2023).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from flaxqwen import generation as ours
+from flaxqwen.generation.callables import TracedPytree
 from flaxqwen.generation.config import GenerationConfig, resolve
 from flaxqwen.generation.processors import build_processors, pad_ids
 from flaxqwen.generation.sampling import TokenChoice, process
@@ -228,3 +230,23 @@ def test_processors_are_exported_by_name() -> None:
         if name in flaxqwen.generation.__all__:
             assert getattr(flaxqwen.generation, name) is getattr(processors, name)
     assert sum(name.endswith(("Warper", "Processor")) for name in flaxqwen.generation.__all__) > 20
+
+
+def test_no_class_is_taken_for_another() -> None:
+    """Equal structures are equal keys of jit's cache: of each class one with the same values, and a user's two."""
+    exported = [getattr(ours, name) for name in ours.__all__]
+    classes = [cls for cls in exported if getattr(cls, "__module__", "").startswith("flaxqwen.generation.processors.")]
+    classes = [cls for cls in classes if dataclasses.is_dataclass(cls)]
+
+    def blank(cls: type) -> Any:
+        made = object.__new__(cls)
+        for field in dataclasses.fields(cls):
+            object.__setattr__(made, field.name, 1)
+        return made
+
+    mine = [jax.tree_util.register_dataclass(dataclasses.make_dataclass(name, ["x"])) for name in ("One", "Two")]
+    trees = [*map(blank, classes), *(TracedPytree(cls(1), cls) for cls in mine)]
+    structures = [jax.tree.structure(tree) for tree in trees]
+    assert len(trees) > 22
+    assert [sum(a == b for b in structures) for a in structures] == [1] * len(structures)
+    assert all(jax.tree.map(lambda leaf: leaf, tree) == tree for tree in trees)
