@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,22 +15,21 @@ from flaxqwen.models.losses import IGNORE_INDEX
 Example = tuple[list[int], list[int]]  # token ids, and labels: the same, or IGNORE_INDEX where there is no loss
 
 
-def read_examples(path: Path, tokenizer: Any) -> Iterator[Example]:
-    """The examples of a file, one JSON object a line: {"messages": [...]} or {"text": "..."}.
+def read_examples(lines: Iterable[str], tokenizer: Any) -> Iterator[Example]:
+    """The examples of a file's lines, a JSON object each: {"messages": [...]} or {"text": "..."}.
 
     Of messages the assistant's are learned, the token that ends each included; of a text all. Blank lines are skipped.
 
     Raises:
       ValueError: a line that is neither, by its number.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield to_example(json.loads(line), tokenizer)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield to_example(json.loads(line), tokenizer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number}: {error}") from None
 
 
 def to_example(record: Any, tokenizer: Any) -> Example:

@@ -9,7 +9,7 @@ from typing import Any
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 # Models in the package, by their id. The name wins over a folder of the same name, which is meant by ./demo.
-BUILT_IN = {"demo": Path(__file__).parent / "demo" / "model"}
+BUILT_IN = {"demo": Path(__file__).parent / "demo" / "model", "demo-draft": Path(__file__).parent / "demo" / "draft"}
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 # The files of each format of weights, in the order in which open_checkpoint looks for them in a folder. A repository
 # may hold several formats and variants ("model.fp16.safetensors") of the same weights: only the first is fetched.
@@ -33,7 +33,8 @@ def resolve_folder(
     """The folder of a model's files, fetched from the hub if need be.
 
     Args:
-      name: a folder, or a hub id such as "Qwen/Qwen2.5-0.5B-Instruct"; or "demo", the model in the package.
+      name: a folder, or a hub id such as "Qwen/Qwen2.5-0.5B-Instruct"; or "demo", the model in the package,
+        and "demo-draft", its draft model.
       weights: False fetches only what is small: config, tokenizer, licence.
       revision, token, cache_dir, local_files_only: of the hub, as in Transformers; a folder has no use for them.
         HF_HUB_OFFLINE=1 is heeded.

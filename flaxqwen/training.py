@@ -14,7 +14,7 @@ Axes: A accumulated micro-batches, B batch, T tokens, D model, V vocabulary, L l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -257,9 +257,11 @@ def _linears_apart() -> AbstractContextManager[None]:
 
     def apart(method: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         y = method(*args, **kwargs)
-        return jax.lax.optimization_barrier(y) if isinstance(context.module, Linear) else y
+        if not isinstance(context.module, Linear):
+            return y
+        return jax.lax.platform_dependent(y, cpu=jax.lax.optimization_barrier, default=lambda y: y)
 
-    return nn.intercept_methods(apart) if jax.default_backend() == "cpu" else nullcontext()
+    return nn.intercept_methods(apart)
 
 
 def stack_layers(tree: Variables) -> Variables:

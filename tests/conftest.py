@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax starts. The tests compile thousands of tiny programs: without LLVM's optimisations in half the CPU time.
-os.environ["XLA_FLAGS"] = " ".join(
-    ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", ""))
-)
+# libtpu ends the process at flags that it does not know.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    if importlib.util.find_spec("libtpu") is None
+    else ""
+) + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import numpy as np

@@ -76,6 +76,38 @@ def test_audio_on_one_chip():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("lora", [None, "r=16,target_modules=all-linear"])
+def test_a_step_of_training(lora, tmp_path, capsys):
+    """Float32 of what is trained, and twice as much for AdamW; a quarter of the parameters on each of four chips."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"num_attention_heads": 4}))
+    more = [] if lora is None else ["--lora", lora]
+    arguments = [
+        "compile",
+        str(tmp_path),
+        "--topology",
+        "v6e:2x2",
+        "--train",
+        "--batch",
+        "4",
+        "--context",
+        "128",
+        *more,
+    ]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sizes = {"qkvo": 256 * 64 * (4 + 2 + 2 + 4), "mlp": 3 * 256 * 512}
+    weights = 3 * sum(sizes.values()) + 2 * 512 * 256  # but for vectors
+    ranks = 16 * 3 * (2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 512))
+    trained = weights / 4 if lora is None else ranks
+    assert found["frozen"] == (0 if lora is None else pytest.approx(2 * weights / 4, rel=0.01))
+    assert found["trainable"] == pytest.approx(4 * trained, rel=0.01)
+    assert found["optimizer"] == pytest.approx(8 * trained, rel=0.01)
+    assert found["aliased"] >= found["trainable"] + found["optimizer"] - 64
+    assert found["fits"]
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+
+
+@needs_libtpu
 def test_command_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     arguments = ["compile", str(tmp_path), "--topology", "v6e:2x2", "--batch", "2", "--context", "256"]

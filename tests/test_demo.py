@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+import re
 import shutil
 import subprocess
 import sys
@@ -16,17 +18,19 @@ import pytest
 from flaxqwen import AutoModelForCausalLM, AutoTokenizer
 from flaxqwen.cli import main
 from flaxqwen.demo.evaluate import answers, exact
-from flaxqwen.demo.skills import questions
+from flaxqwen.demo.skills import Question, questions
 from flaxqwen.hub import BUILT_IN, resolve_folder
 
 ROOT = Path(__file__).parents[1]
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, ">": operator.gt, "<": operator.lt}
 QUESTION, ANSWER = "What is 123 + 456?", "579"
 
 
 def test_files_are_small():
-    assert {path.name for path in BUILT_IN["demo"].iterdir()} >= FILES
-    assert sum(path.stat().st_size for path in BUILT_IN["demo"].iterdir()) <= 6_000_000
+    for folder in BUILT_IN.values():
+        assert {path.name for path in folder.iterdir()} == FILES
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 6_000_000
 
 
 def test_held_out_answers_are_transformers(rng: np.random.Generator):
@@ -46,6 +50,68 @@ def test_held_out_answers_are_transformers(rng: np.random.Generator):
     width = inputs["input_ids"].shape[1]
     assert found == tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
     assert exact(asked, found)["all"] >= 0.8
+
+
+def test_the_draft_changes_nothing(rng: np.random.Generator):
+    """Greedy answers with the draft model, which proposes some of their tokens, are the model's own."""
+    model, draft = (AutoModelForCausalLM.from_pretrained(name, dtype="float32") for name in BUILT_IN)
+    tokenizer = AutoTokenizer.from_pretrained(BUILT_IN["demo"])
+    asked = questions(int(rng.integers(1 << 30)), 40, held_out=True)
+    alone = answers(model, tokenizer, asked)
+    assert answers(model, tokenizer, asked, assistant_model=draft) == alone
+    assert sum(a == b for a, b in zip(alone, answers(draft, tokenizer, asked), strict=True)) > 4
+
+
+def test_questions_are_right_and_apart(rng: np.random.Generator):
+    """The answers by another way of working them out; no operands and no words of a held-out question in training."""
+    seed = int(rng.integers(2**31))
+    training, held_out = (questions(seed, 3000, kind) for kind in (False, True))
+    for question in training + held_out:
+        assert question.answer == right_answer(question), question
+    subjects = {question.subject for question in held_out}
+    assert len(subjects) > 1000
+    assert not subjects & {question.subject for question in training}
+
+
+def right_answer(question: Question) -> str | None:
+    """From the prompt alone."""
+    text = question.prompt.rstrip(".?")
+    if found := re.search(r"(\d+) ([-+*<>]) (\d+)", text):
+        value = SIGNS[found[2]](int(found[1]), int(found[3]))
+    elif found := re.search(r"(\d+) times (\d+)|Multiply (\d+) by (\d+)", text):
+        value = int(np.prod([int(number) for number in found.groups() if number]))
+    elif found := re.search(r"Add (\d+) and (\d+)", text):
+        value = int(found[1]) + int(found[2])
+    elif found := re.search(r"Subtract (\d+) from (\d+)", text):
+        value = int(found[2]) - int(found[1])
+    elif found := re.search(r"Is (\d+) (greater|more|less|smaller) than (\d+)", text):
+        sign = ">" if found[2] in ("greater", "more") else "<"
+        value = SIGNS[sign](int(found[1]), int(found[3]))
+    else:
+        return right_text(question.skill, text)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def right_text(skill: str, text: str) -> str:
+    """Of the skills with words."""
+    words = text.split()
+    if skill == "count":
+        if found := re.search(r"How many letters (?:are in|does) (\w+)", text):
+            return str(len(found[1]))
+        found = re.search(r"How many (\w) are in (\w+)|How often is (\w) in (\w+)|letter (\w) in (\w+)", text)
+        assert found is not None
+        letter, word = (part for part in found.groups() if part)
+        return str(sum(character == letter for character in word))
+    if skill == "nth":
+        found = re.search(r"(first|second|third|fourth|fifth|last) (?:word of|in) (.+)", text)
+        assert found is not None
+        listed = found[2].split()
+        return listed[-1 if found[1] == "last" else ("first", "second", "third", "fourth", "fifth").index(found[1])]
+    if skill == "upper":
+        return "".join(chr(ord(letter) - 32) for letter in (words[-1] if words[0] == "Upper" else words[1]))
+    if skill == "reverse":
+        return "".join(reversed(words[1] if words[0] == "Spell" else words[-1]))
+    return "".join(letter * words[-1].count(letter) for letter in "abcdefghijklmnopqrstuvwxyz")
 
 
 def test_generate_answers_in_the_chat_format(capsys, monkeypatch, tmp_path):
@@ -107,4 +173,5 @@ def test_wheel_has_the_model(tmp_path):
     built = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    assert {f"flaxqwen/demo/model/{name}" for name in FILES} <= set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"flaxqwen/demo/{folder}/{name}" for folder in ("model", "draft") for name in FILES}
+    assert wanted <= set(zipfile.ZipFile(wheel).namelist())

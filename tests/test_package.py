@@ -105,7 +105,7 @@ FLOORS = (
     ("cache", "ops.*", "sharding"),
     ("models.*", "audio"),
     ("generation.*", "lora.*", "training", "dataset", "native"),
-    ("adapters", "model", "auto", "loading", "aot", "quantization"),
+    ("adapters", "model", "auto", "loading", "aot", "aot_training", "quantization"),
     ("trainer", "batch", "parity", "parity_*", "cli", "cli.*", "demo.*"),
 )
 # Who may import torch or transformers, and only inside a function.

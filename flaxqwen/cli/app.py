@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 import flaxqwen
+from flaxqwen.cli.options import (
+    AdapterName,
+    AsJson,
+    AudioFiles,
+    Distributed,
+    Dtype,
+    MaxNewTokens,
+    MeshSizes,
+    ModelName,
+    RepetitionPenalty,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 app = typer.Typer(
     name="flaxqwen",
@@ -19,49 +35,6 @@ app = typer.Typer(
     epilog="MODEL is a folder, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or demo, which is in the package. "
     "`flaxqwen COMMAND --help` has the options of a command, and examples.",
 )
-
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or demo.")]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Of weights and arithmetic; auto: as the model's config says."),
-]
-System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message, in place of the template's own.")]
-AdapterName = Annotated[
-    str | None, typer.Option("--adapter", metavar="ADAPTER", help="A LoRA adapter of peft's: a folder, or a hub id.")
-]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Default: that of the model's generation_config, else 256 (chat: 1024)."),
-]
-Temperature = Annotated[
-    float | None, typer.Option(metavar="T", min=0, help="Sample with this temperature; 0 is greedy decoding.")
-]
-TopP = Annotated[
-    float | None, typer.Option(metavar="P", min=0, max=1, help="Sample from the likeliest tokens of this mass.")
-]
-TopK = Annotated[
-    int | None, typer.Option(metavar="K", min=0, help="Sample from the K likeliest tokens; 0 is no limit.")
-]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option(metavar="R", help="Divides the logits of tokens seen before; 1 is none.")
-]
-Seed = Annotated[int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of sampling: one seed, one text.")]
-MeshSizes = Annotated[
-    str | None, typer.Option("--mesh", metavar="SIZES", help="Of data, fsdp and tensor, such as tensor=4.")
-]
-Distributed = Annotated[
-    bool,
-    typer.Option(
-        "--distributed",
-        help="One of several processes with the same arguments, as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-        "JAX_PROCESS_ID say, or the cluster.",
-    ),
-]
-AudioFiles = Annotated[
-    list[Path] | None,
-    typer.Option("--audio", metavar="FILE", help="A wav, flac, ... that the prompt is about; may be given again."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 
 
 def _examples(*lines: str) -> str:
@@ -353,6 +326,7 @@ def _info(
     epilog=_examples(
         "flaxqwen compile Qwen/Qwen2.5-7B-Instruct --topology v6e:2x2 --mesh tensor=1 --context 8192",
         "flaxqwen compile Qwen/Qwen2.5-72B-Instruct --topology v5p:2x2x2 --batch 8 --context 8192 --json",
+        "flaxqwen compile Qwen/Qwen2.5-7B --topology v6e:2x4 --train --batch 8 --context 2048",
     ),
 )
 def _compile(
@@ -360,20 +334,33 @@ def _compile(
     topology: Annotated[str, typer.Option(metavar="CHIP:SIZES", help="Such as v5e:4x4, v5p:2x2x2, v6e:2x2.")],
     mesh: Annotated[
         str | None,
-        typer.Option(metavar="SIZES", help="Of data, fsdp and tensor; default: tensor takes all. Fewer chips do, too."),
+        typer.Option(
+            metavar="SIZES",
+            help="Of data, fsdp and tensor; default: tensor, or fsdp in training, takes all. Fewer chips do, too.",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Rows.")] = 1,
-    context: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that a row's KV cache holds.")] = 8192,
+    context: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a row, and of its KV cache.")] = 8192,
+    train: Annotated[bool, typer.Option("--train", help="A step of training in place of generation.")] = False,
+    lora: Annotated[
+        str | None, typer.Option(metavar="FIELDS", help="With --train: of an adapter, as of train.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compile generation for TPUs, on any machine.
+    """Compile generation, or training, for TPUs, on any machine.
 
     The real compiler (pip install 'flaxqwen[tpu]') says what each chip needs, whether it fits, and what is sent from
     chip to chip; the step times are rooflines. Of the model, config.json alone is read.
     """
-    from flaxqwen.cli.compile import show_compiled
+    from flaxqwen.cli.compile import show_compiled, show_training
 
-    show_compiled(model, topology=topology, mesh=mesh, batch=batch, context=context, as_json=as_json)
+    where: dict[str, Any] = {"topology": topology, "mesh": mesh, "batch": batch, "context": context, "as_json": as_json}
+    if train:
+        show_training(model, lora=lora, **where)
+    elif lora is not None:
+        raise ValueError("--lora is of training: give --train, too")
+    else:
+        show_compiled(model, **where)
 
 
 @app.command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxqwen import aot
+from flaxqwen.aot_training import compile_training
 from flaxqwen.cli.common import format_bytes, heads_text
-from flaxqwen.config import config_from_file
+from flaxqwen.cli.train import parse_lora
+from flaxqwen.config import Qwen2Config, config_from_file
 from flaxqwen.hub import resolve_folder
 from flaxqwen.sharding import parse_mesh
 
@@ -33,6 +36,49 @@ def show_compiled(name: str, *, topology: str, mesh: str | None, batch: int, con
         print(json.dumps({"model": name, **found}))
     else:
         print_report(name, found)
+
+
+def show_training(
+    name: str, *, topology: str, mesh: str | None, batch: int, context: int, lora: str | None, as_json: bool
+) -> None:
+    """Compile a step of training and print what the compiler says; arguments as of show_compiled and `train`.
+
+    Raises:
+      ImportError, ValueError: as aot.topology_mesh, parse_mesh, parse_lora and compile_training.
+    """
+    config = config_from_file(resolve_folder(name, weights=False))
+    if not isinstance(config, Qwen2Config):
+        raise ValueError(f"training is for Qwen2; found model_type {config.model_type!r}")
+    adapter = None if lora is None else parse_lora(lora, name)
+    jax.config.update("jax_platforms", "cpu")
+    chip, devices = aot.topology_mesh(topology, **({"fsdp": -1, "tensor": 1} if mesh is None else parse_mesh(mesh)))
+    found = asdict(compile_training(config, chip, devices, batch, context, adapter))
+    sizes = dict(devices.shape)
+    if as_json:
+        print(
+            json.dumps({"model": name, "topology": topology, "mesh": sizes, "batch": batch, "context": context} | found)
+        )
+        return
+    table = Table("per chip", "", box=None, pad_edge=False, show_header=False)
+    for label, value in training_rows(found).items():
+        table.add_row(label, value)
+    used = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one chip"
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{name}[/bold], {batch} rows of {context:,} tokens, on {topology}: {used}\n")
+    console.print(table)
+
+
+def training_rows(found: dict[str, Any]) -> dict[str, str]:
+    """The lines of a step of training, by their labels; sizes are per chip."""
+    return {
+        "frozen weights": format_bytes(found["frozen"]),
+        "trained weights": format_bytes(found["trainable"]),
+        "optimizer": format_bytes(found["optimizer"]),
+        "temporaries": format_bytes(found["temporaries"]) if found["temporaries"] else "not shown",
+        "fits": "yes" if found["fits"] else "NO",
+        "roofline": f"{found['step_seconds'] * 1e3:.1f} ms, {found['tokens_per_second']:,.0f} tokens/s of all chips",
+        "compiled in": f"{found['seconds']:.0f} s",
+    }
 
 
 def print_report(name: str, found: dict[str, Any]) -> None:

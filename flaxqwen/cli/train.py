@@ -127,9 +127,17 @@ LORA_FIELDS: dict[str, Callable[[list[str]], Any]] = {
 
 
 def _rows(path: Path, tokenizer: Any, length: int) -> Rows:
-    """The packed rows of a file, and a line about them on stderr."""
+    """The packed rows of a file, and a line about them on stderr; until then a bar, on a terminal."""
+    from rich import progress
+    from rich.console import Console
+
     started = time.perf_counter()
-    examples = list(read_examples(path, tokenizer))
+    shown: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+    with progress.open(path, encoding="utf-8", description=f"reading {path.name}", **shown) as lines:
+        try:
+            examples = list(read_examples(lines, tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{path}, {error}") from None
     if not examples:
         raise ValueError(f"{path}: no examples")
     rows = pack(examples, length)

@@ -21,8 +21,8 @@ from flaxqwen.model import Model
 BATCH = 250
 
 
-def answers(model: Model, tokenizer: Any, asked: Sequence[Question]) -> list[str]:
-    """The model's answer to each question, in chat format."""
+def answers(model: Model, tokenizer: Any, asked: Sequence[Question], **options: Any) -> list[str]:
+    """The model's answer to each question, in chat format; options are of generate()."""
     texts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question.prompt}], tokenize=False, add_generation_prompt=True
@@ -33,7 +33,7 @@ def answers(model: Model, tokenizer: Any, asked: Sequence[Question]) -> list[str
     for start in range(0, len(texts), BATCH):
         batch = tokenizer(texts[start : start + BATCH], padding=True, padding_side="left", return_tensors="np")
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False, **options)
         found += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
 
