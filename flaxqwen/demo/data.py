@@ -1,7 +1,7 @@
 """`python -m flaxqwen.demo.data FOLDER`: the demo model's training and held-out questions, tokenizer and config.
 
-FOLDER/train.jsonl and FOLDER/held_out.jsonl hold chats; FOLDER/start is a checkpoint with random weights, with which
-`flaxqwen train` begins.
+FOLDER/train.jsonl, finish.jsonl and held_out.jsonl hold chats; FOLDER/start and FOLDER/start-draft are checkpoints with
+random weights, with which `flaxqwen train` begins: see train.sh.
 """
 
 from __future__ import annotations
@@ -115,10 +115,12 @@ def write_chats(path: Path, drawn: Sequence[Question], rng: random.Random) -> No
 
 
 def main(folder: Path, total: int = 1_400_000) -> None:
-    """Write all of it: 1,400,000 questions to train on, and 1,000 that are held out."""
+    """Write all of it: 1,400,000 questions to train on and 500,000 to finish with, and 1,000 that are held out."""
     write_start(folder / "start", start_config(layers=4, hidden=192, feed_forward=576))
     write_start(folder / "start-draft", start_config(layers=1, hidden=64, feed_forward=192))
     write_chats(folder / "train.jsonl", questions(seed=0, total=total, held_out=False), random.Random(0))
+    finish = questions(seed=2, total=500_000, held_out=False, finishing=True)
+    write_chats(folder / "finish.jsonl", finish, random.Random(2))
     write_chats(folder / "held_out.jsonl", questions(seed=1, total=1000, held_out=True), random.Random(1))
 
 

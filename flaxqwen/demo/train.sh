@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# train.sh FOLDER: the demo model from the data of data.py, on 2 CPU cores: FOLDER/run is what belongs into model/.
+# train.sh FOLDER: demo and its draft model on 2 CPU cores, in FOLDER/model and FOLDER/draft; data.py makes the data.
 set -euo pipefail
 python -m flaxqwen.demo.data "$1"
 cd "$1"
-flaxqwen train start train.jsonl --out run --eval held_out.jsonl --length 128 --batch-size 32 --steps 8500 \
-  --learning-rate 1.2e-3 --warmup-steps 100 --weight-decay 0.1 --beta2 0.98 \
-  --save-every 500 --eval-every 1000 --log-every 50 --seed 0 --plot
+train() { flaxqwen train "$@" --eval held_out.jsonl --length 128 --batch-size 32 --warmup-steps 100 --weight-decay 0.1 --beta2 0.98 --log-every 50 --seed 0; }
+train start train.jsonl --out first --steps 8500 --learning-rate 1.2e-3 --save-every 500 --eval-every 1000 --plot
+train first finish.jsonl --out model --steps 3000 --learning-rate 6e-4 --save-every 500 --eval-every 500 --plot
+train start-draft train.jsonl --out draft --steps 4000 --learning-rate 3e-3 --save-every 1000 --eval-every 1000
