@@ -121,6 +121,10 @@ def main() -> int:
                 if done := not killed(folder, command, target, seconds):
                     break
                 kills += 1
+                if batch and (folder / target).exists():  # killed between its last act and its end
+                    done = True
+                    print(f"kill {kills}: job {jobs} was done", flush=True)
+                    break
                 count = finished(folder, target)
                 within += count > 0
                 print(f"kill {kills}: job {jobs}, {count} {'lines' if batch else 'files'} finished", flush=True)
