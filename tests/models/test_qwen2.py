@@ -185,12 +185,27 @@ def test_bfloat16(batch, rng):
 
 
 def test_long_prompt_in_query_blocks(rng):
-    """More than two blocks of queries, and a remainder, with a window and padding."""
+    """More than two blocks of queries, and a remainder, with a window and padding: logits, loss and gradients."""
     changes = VARIANTS["sliding"] | {"sliding_window": 700, "max_position_embeddings": 2048}
     theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, **changes)
     ids, mask = random_ids(rng, (2, 1300)), padded_mask([1300, 900], 1300, "left")
-    got = module.apply({"params": params}, ids, mask).logits
-    close(got, theirs_of(theirs, input_ids=ids, attention_mask=mask).logits, where=mask.astype(bool))
+    labels = np.where(mask == 1, ids, -100).astype(np.int32)
+    labels[1, 400] = -100  # it would be predicted at a padding, which sees nothing
+    want = theirs(input_ids=th(ids), attention_mask=th(mask), labels=th(labels))
+    want.loss.backward()
+
+    def loss(params):
+        output = module.apply({"params": params}, ids, mask, labels=labels)
+        return output.loss, output.logits
+
+    (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    close(logits, want.logits.detach(), where=mask.astype(bool))
+    assert abs(float(value) - want.loss.item()) <= 1e-6 * abs(want.loss.item())
+    for index in range(len(theirs.model.layers)):
+        layer = theirs.model.layers[index].self_attn
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            got = gradients["model"][f"layers_{index}"]["self_attn"][name]["weight"]
+            close(got, getattr(layer, name).weight.grad, 1e-4)
 
 
 @pytest.mark.parametrize("keep", [1, 4, np.array([0, 5, 2]), np.array([[1, 3], [8, 0]])], ids=str)
