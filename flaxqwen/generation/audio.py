@@ -35,8 +35,9 @@ def with_audio(
     options: ResolvedConfig,
     input_features: ArrayLike | None,
     feature_attention_mask: ArrayLike | None,
+    encode: bool = True,
 ) -> tuple[Inputs, ResolvedConfig]:
-    """The prompts with their audio, encoded.
+    """The prompts with their audio, encoded unless `encode` is False.
 
     Older prompts, of one audio token a clip, are expanded, and the options' lengths grow as much.
 
@@ -70,6 +71,8 @@ def with_audio(
         more = request.length - width
         options = replace(options, max_length=options.max_length + more, min_length=options.min_length + more)
     check_audio_tokens(request.input_ids, frames, token)
+    if not encode:
+        return request, options
     return replace(request, audio=_encode(model, request, features, frames, token)), options
 
 
@@ -101,6 +104,18 @@ def _encode(
     # Clips that are not wanted have tokens in the cache alone.
     slot = np.searchsorted(wanted, clip)
     return Audio(vectors, np.where(np.isin(clip, wanted), slot * vectors.shape[1] + place, -1).astype(np.int32))
+
+
+def repeat_clips(
+    ids: np.ndarray, audio_token: int, input_features: ArrayLike, feature_attention_mask: ArrayLike, copies: int
+) -> dict[str, np.ndarray]:
+    """The features and masks of the clips of rows `ids` [B, P], each row's clips after its tokens are repeated."""
+    features, frames = np.asarray(input_features), np.asarray(feature_attention_mask)
+    tokens = tokens_of(frames)
+    ends = np.cumsum((ids == audio_token).sum(axis=1))  # of each row's audio tokens
+    rows = np.searchsorted(ends, np.cumsum(tokens) - tokens, side="right")
+    order = np.concatenate([np.tile(np.flatnonzero(rows == row), copies) for row in range(len(ids))])
+    return {"input_features": features[order], "feature_attention_mask": frames[order]}
 
 
 @partial(jax.jit, static_argnames=("module", "positions"))

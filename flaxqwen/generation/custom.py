@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from flaxqwen.config import Qwen2AudioConfig
 from flaxqwen.distributed import agree
+from flaxqwen.generation.audio import repeat_clips
 from flaxqwen.generation.callables import parameters
 from flaxqwen.generation.config import OPTIONS, ResolvedConfig
 from flaxqwen.generation.decoding import Control, make_choice
@@ -48,18 +50,20 @@ def run_custom(
 
     Of these it gets, by name, those that it takes: input_ids and attention_mask [B x num_return_sequences, P];
     generation_config, where all is resolved; logits_processor and stopping_criteria, lists of callables
-    (input_ids, scores) for all that the call asks for; inputs_embeds, past_key_values, streamer, tokenizer; and its own
-    arguments. As in Transformers, where it is the decoding method of `generate`.
+    (input_ids, scores) for all that the call asks for; inputs_embeds, past_key_values, streamer, tokenizer; of audio
+    input_features and feature_attention_mask, not encoded yet; and its own arguments. As in Transformers, where it is
+    the decoding method of `generate`.
     """
     if request.guided is not None:
         raise ValueError("guidance_scale cannot go with custom_generate: it is part of the compiled loop")
-    if request.audio is not None:
-        raise ValueError("input_features cannot go with custom_generate: audio is placed by the compiled prefill")
     if control.grammar is not None:
         raise ValueError("regex and json_schema cannot go with custom_generate: they are part of the compiled loop")
     copies = options.num_return_sequences
     expanded = request.repeat(copies)
     choice = make_choice(request, options, copies, model.config.get_text_config().vocab_size, control)
+    if isinstance(model.config, Qwen2AudioConfig) and arguments["input_features"] is not None:
+        clips = (arguments["input_features"], arguments["feature_attention_mask"])
+        arguments |= repeat_clips(request.input_ids, model.config.audio_token_index, *clips, copies)
     arguments |= {
         "input_ids": expanded.input_ids,
         "attention_mask": expanded.attention_mask.astype(np.int32),

@@ -126,12 +126,13 @@ def generate(
         negative_prompt_attention_mask=negative_prompt_attention_mask, input_ids=input_ids,
         attention_mask=attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
         input_features=input_features, feature_attention_mask=feature_attention_mask, tokenizer=tokenizer,
-        regex=regex, json_schema=json_schema, **options,
+        regex=regex, json_schema=json_schema, encode=custom_generate is None, **options,
     )  # fmt: skip
     if custom_generate is not None:
         return run_custom(
             custom_generate, model, call.request, call.options, call.control, past_key_values=past_key_values,
-            streamer=streamer, tokenizer=tokenizer, **own,
+            streamer=streamer, tokenizer=tokenizer, input_features=input_features,
+            feature_attention_mask=feature_attention_mask, **own,
         )  # fmt: skip
     resolved, prompts = call.options, call.prompts
     if resolved.num_beams > 1:
@@ -250,9 +251,13 @@ def prepare(
     tokenizer: Any = None,
     regex: Any = None,
     json_schema: Any = None,
+    encode: bool = True,
     **options: Any,
 ) -> Call:
-    """Check the arguments of generate(), and bring them into the loop's form. Raises ValueError."""
+    """Check the arguments of generate(), and bring them into the loop's form. Raises ValueError.
+
+    encode: whether audio is encoded.
+    """
     if options.pop("assistant_tokenizer", None) is not None:
         raise ValueError(
             "assistant_tokenizer is not supported: the assistant_model must have the model's own tokenizer"
@@ -283,7 +288,7 @@ def prepare(
     if embeds is not None and past_key_values is not None:
         raise ValueError("inputs_embeds cannot go with past_key_values: the cache is matched by token ids")
     request = Inputs(ids, mask, cached_length(past_key_values, ids), embeds)
-    request, resolved = with_audio(model, request, resolved, input_features, feature_attention_mask)
+    request, resolved = with_audio(model, request, resolved, input_features, feature_attention_mask, encode)
     negative = (negative_prompt_ids, negative_prompt_attention_mask)
     if resolved.guidance_scale not in (None, 1.0):
         request = with_negative(request, *negative, config)

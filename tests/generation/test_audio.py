@@ -91,6 +91,27 @@ def test_a_row_alone(model, prompts):
     np.testing.assert_array_equal(model.generate(**alone, **SHORT)[0, -12:], wanted)
 
 
+def test_custom_generate(model, prompts, encoded):
+    """A loop of one's own hears the clips of each row, as often as the row is repeated; nothing else encodes them."""
+    older, newer = prompts
+
+    def loop(model, input_ids, attention_mask, input_features, feature_attention_mask, logits_processor):
+        heard = {"input_features": input_features, "feature_attention_mask": feature_attention_mask}
+        logits = model(input_ids, attention_mask, **heard).logits[:, -1]
+        for processor in logits_processor:
+            logits = processor(input_ids, logits, None)
+        return np.asarray(logits.argmax(-1))
+
+    wanted = model.generate(**newer, **PLAIN, max_new_tokens=1)[:, -1]
+    del encoded[:]
+    for inputs in (older, newer):
+        for copies in (1, 2):
+            options = {"custom_generate": loop, "num_return_sequences": copies, "max_new_tokens": 1, "pad_token_id": 0}
+            found = model.generate(**inputs, **options, suppress_tokens=[AUDIO], do_sample=copies > 1, top_k=0)
+            np.testing.assert_array_equal(found, np.repeat(wanted, copies))
+    assert not encoded
+
+
 def heard_by_theirs(models: Any, inputs: dict[str, np.ndarray]) -> Any:  # noqa: F811
     """The prompts as embeddings [B, T, D], by Transformers' modules."""
     captured = []
@@ -209,7 +230,6 @@ def test_bad_input(model, prompts):
     refused("not finite", input_features=broken)
     refused(r"shape \(6, 8, 100\); expected \[clips, 8 mel bins, 120 frames\]", input_features=broken[..., :100])
     refused("from the first on", feature_attention_mask=newer["feature_attention_mask"][:, ::-1])
-    refused("cannot go with custom_generate", custom_generate=lambda *a, **k: None)
     long = {"input_ids": np.array([[AUDIO, 7] * 20]), "attention_mask": None}
     long |= {"input_features": np.zeros((20, 8, 120)), "feature_attention_mask": np.ones((20, 120), int)}
     refused("the prompt has 620 tokens, the model's context is 512", **long)
