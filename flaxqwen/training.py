@@ -14,7 +14,7 @@ Axes: A accumulated micro-batches, B batch, T tokens, D model, V vocabulary, L l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -28,6 +28,7 @@ from flaxqwen.models.losses import IGNORE_INDEX, cross_entropy
 from flaxqwen.models.qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, make_visibility, token_slots
 from flaxqwen.ops.linear import Linear
 from flaxqwen.ops.rotary import rotary_embedding
+from flaxqwen.sharding import module_sharding
 
 Variables = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -193,7 +194,7 @@ def loss_sum(
     """
     if unknown := set(batch) - set(INPUTS):
         raise ValueError(f"a batch has {', '.join(INPUTS)}; found {', '.join(sorted(unknown))}")
-    with _linears_apart():
+    with _linears_apart(module):
         hidden = _run_decoder(module, variables, batch, remat)
         labels = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
         return _head_loss(module, variables, hidden, labels, chunk)
@@ -204,12 +205,12 @@ def _head_loss(module: Any, variables: Variables, hidden: jax.Array, labels: jax
     tokens, D = labels.size, hidden.shape[-1]
     hidden, labels = hidden.reshape(tokens, D), labels.reshape(tokens)
 
-    @jax.checkpoint  # the backward pass computes the logits of a chunk again
     def of_chunk(x: jax.Array, y: jax.Array) -> jax.Array:
         return cross_entropy(module.apply(variables, x, method=_head), y, num_items=1)
 
-    if tokens <= chunk:
+    if tokens <= chunk:  # the last of the forward pass and the first of the backward pass: kept no longer than needed
         return of_chunk(hidden, labels)
+    of_chunk = jax.checkpoint(of_chunk)  # the backward pass computes the logits of a chunk again
     missing = -tokens % chunk
     hidden = jnp.pad(hidden, ((0, missing), (0, 0))).reshape(-1, chunk, D)
     labels = jnp.pad(labels, (0, missing), constant_values=IGNORE_INDEX).reshape(-1, chunk)
@@ -248,7 +249,7 @@ def _run_decoder(module: Any, variables: Variables, batch: Batch, remat: Remat) 
     return module.apply(variables, x, method=lambda m, x: m.model.norm(x))
 
 
-def _linears_apart() -> AbstractContextManager[None]:
+def _linears_apart(module: nn.Module) -> AbstractContextManager[None]:
     """On CPU, a barrier behind each linear layer of the program that is traced within.
 
     Without, XLA fuses the derivative of SiLU into a transposed copy of the cotangent, which takes 34 ms where the
@@ -257,11 +258,12 @@ def _linears_apart() -> AbstractContextManager[None]:
 
     def apart(method: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         y = method(*args, **kwargs)
-        if not isinstance(context.module, Linear):
-            return y
-        return jax.lax.platform_dependent(y, cpu=jax.lax.optimization_barrier, default=lambda y: y)
+        return jax.lax.optimization_barrier(y) if isinstance(context.module, Linear) else y
 
-    return nn.intercept_methods(apart)
+    # A mesh may be of TPUs that are not here.
+    sharding = module_sharding(module)
+    platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
+    return nn.intercept_methods(apart) if platform == "cpu" else nullcontext()
 
 
 def stack_layers(tree: Variables) -> Variables:

@@ -91,7 +91,6 @@ def test_adapters_train_as_in_peft(kind: str, rng: np.random.Generator, tmp_path
     start = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True)
     expected = torch_losses(start, rows, options)
     np.testing.assert_allclose(losses_of(tmp_path / "run"), expected, rtol=1e-4)
-    assert expected[-1] < 0.95 * expected[0]
     assert (np.asarray(trained.disable_adapters()(ids).logits) == before).all()
     trained.save_adapter(tmp_path / "trained")
     loaded = peft.PeftModel.from_pretrained(start.unload(), tmp_path / "trained").eval()

@@ -243,7 +243,7 @@ def test_sigkill(run: Run, random_model: Path, tmp_path: Path, rng: np.random.Ge
     command = [sys.executable, "-c", code, "batch", model, source, target]
     running = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.DEVNULL)
     partial, stop = target.with_name(f"{target.name}.partial-0"), int(rng.integers(1, whole.stat().st_size // 2))
-    while not partial.exists() or partial.stat().st_size < stop:
+    while not partial.exists() or partial.stat().st_size < stop or partial.read_bytes().count(b"\n") < 2:
         assert running.poll() is None
         time.sleep(0.005)
     running.send_signal(signal.SIGKILL)
