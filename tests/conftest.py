@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax starts. The tests compile thousands of tiny programs: without LLVM's optimisations in half the CPU time.
-# libtpu ends the process at flags that it does not know.
+# libtpu, and jaxlib 0.12, end the process at flags that they do not know.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    if importlib.util.find_spec("libtpu") is None
+    if importlib.util.find_spec("libtpu") is None and importlib.metadata.version("jaxlib").startswith("0.10.")
     else ""
 ) + os.environ.get("XLA_FLAGS", "")
 
