@@ -315,7 +315,7 @@ def _bytes_read(made: Plan) -> float:
     places = param_shapes(made.module).items()
     read = [(path, shape) for path, shape in places if _is_multiplied(made, path)]
     parts = (math.prod(made.sharding.of_parameter(path, shape).shard_shape(shape)) for path, shape in read)
-    return sum(parts) * np.dtype(made.module.param_dtype).itemsize + _bytes_of(_state(made).cache.layers)
+    return sum(parts) * np.dtype(made.module.param_dtype).itemsize + bytes_of(_state(made).cache.layers)
 
 
 def _flops(made: Plan, rows: float, last: float) -> float:
@@ -334,7 +334,7 @@ def _is_multiplied(made: Plan, path: tuple[str, ...]) -> bool:
     return not _hears(path) and (path[-2] != "embed_tokens" or made.config.tie_word_embeddings)
 
 
-def _bytes_of(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
     """Bytes on a chip of arrays given by their shapes."""
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
@@ -444,4 +444,4 @@ def report(
 
 def held(made: Plan) -> dict[str, int]:
     """Bytes of the weights and of the KV cache on a chip."""
-    return {"weight_bytes": _bytes_of(_params(made)), "cache_bytes": _bytes_of(_state(made).cache.layers)}
+    return {"weight_bytes": bytes_of(_params(made)), "cache_bytes": bytes_of(_state(made).cache.layers)}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxqwen.aot import Chip
+from flaxqwen.aot import Chip, bytes_of
 from flaxqwen.auto import AutoModelForCausalLM, parse_dtype
 from flaxqwen.config import Qwen2Config
 from flaxqwen.lora import LoraConfig, init_adapter
@@ -91,9 +91,9 @@ def compile_training(
         taken += memory.output_size_in_bytes - memory.alias_size_in_bytes
     least = _flops(config, params, rows * tokens, lora is None, remat) / (mesh.size * chip.flops)
     return TrainingProgram(
-        frozen=_bytes_of(frozen),
-        trainable=_bytes_of(state.trainable),
-        optimizer=_bytes_of(state.opt_state),
+        frozen=bytes_of(frozen),
+        trainable=bytes_of(state.trainable),
+        optimizer=bytes_of(state.opt_state),
         aliased=memory.alias_size_in_bytes if memory else 0,
         temporaries=memory.temp_size_in_bytes if memory else 0,
         fits=taken <= chip.hbm,
@@ -114,11 +114,6 @@ def _placed(sharding: Sharding, tree: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _bytes_of(tree: Any) -> int:
-    """Bytes on a chip of arrays given by their shapes."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def _flops(config: Qwen2Config, params: Any, tokens: int, whole: bool, remat: Remat) -> float:
