@@ -89,20 +89,21 @@ def quantized_shapes(shapes: Mapping[Path, tuple[int, ...]], scheme: Scheme) -> 
     return found
 
 
-def quantize_rows(rows: Any, scheme: Scheme, xp: Any = np) -> tuple[Any, Any]:
+def quantize_rows(rows: Any, scheme: Scheme, xp: Any = np, largest: Any = None) -> tuple[Any, Any]:
     """Rows [n, in] of a weight, float32 -> (integers as they are stored, scales [n, groups] float32).
 
-    xp: numpy or jax.numpy, of which the rows are.
+    xp: numpy or jax.numpy, of which the rows are. largest: LARGEST[scheme], the default.
     """
     n, width = rows.shape
-    groups = _groups(width, scheme)
+    groups = group_count(width) if scheme == "int4" else 1
     grouped = rows.reshape(n, groups, -1)
-    scale = xp.abs(grouped).max(axis=-1) / np.float32(LARGEST[scheme])
+    scale = xp.abs(grouped).max(axis=-1) / (np.float32(LARGEST[scheme]) if largest is None else largest)
     scale = xp.where(scale == 0, np.float32(1), scale)
     values = xp.rint(grouped / scale[..., None]).reshape(n, width).astype(np.int8)
     if scheme == "int4":
         nibbles = (values + 8).astype(np.uint8)
-        values = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+        pairs = nibbles.reshape(n, width // 2, 2)
+        values = pairs[..., 0] | (pairs[..., 1] << 4)
     return values, scale
 
 
@@ -216,14 +217,17 @@ def row_blocks(tensor: Tensor) -> Iterator[np.ndarray]:
         rest = values[whole:]
 
 
+def group_count(width: int) -> int:
+    """How many groups of int4 `width` input channels are."""
+    return width // math.gcd(width, GROUP)
+
+
 def _shapes(shape: tuple[int, ...], scheme: Scheme) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shapes of the integers and of the scales of a weight [out, in]."""
     out, width = shape
-    return (out, width // 2 if scheme == "int4" else width), (out, _groups(width, scheme))
-
-
-def _groups(width: int, scheme: Scheme) -> int:
-    return width // math.gcd(width, GROUP) if scheme == "int4" else 1
+    if scheme == "int8":
+        return (out, width), (out, 1)
+    return (out, width // 2), (out, group_count(width))
 
 
 def _place(pieces: Iterator[np.ndarray], into: np.ndarray | None) -> Iterator[np.ndarray]:

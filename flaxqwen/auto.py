@@ -29,6 +29,7 @@ from flaxqwen.convert.names import to_name
 from flaxqwen.convert.quantize import SCALE, Scheme, quantized_shapes
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.hub import resolve_folder
+from flaxqwen.layout import TOWER
 from flaxqwen.loading import ShardReader
 from flaxqwen.lora.config import CONFIG_FILE, LoraConfig
 from flaxqwen.model import Model, Params
@@ -41,7 +42,7 @@ from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
 from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration, Qwen2AudioModel
 from flaxqwen.native import is_native, restore_native
 from flaxqwen.quantization import quantization_of, quantize_params
-from flaxqwen.sharding import TOWER, Sharding, module_sharding
+from flaxqwen.sharding import Sharding, module_sharding
 
 MeshAxes = Mapping[str, tuple[str, ...]]
 
@@ -141,7 +142,7 @@ class _AutoModel:
         config = _override(config_from_file(folder) if config is None else config, overrides)
         wanted = parse_dtype(torch_dtype if dtype is None else dtype) or parse_dtype(config.dtype)
         cls.module_of(config)
-        scheme, config = quantization_of(folder, config, quantize, mesh)
+        scheme, config = quantization_of(folder, config, quantize)
         # A hub's folder is named by its commit: the weights are those that the config came with.
         folder = resolve_folder(pretrained_model_name_or_path, revision=folder.name, **where)
         if is_native(folder):
@@ -188,11 +189,12 @@ class _AutoModel:
         """
         wanted = parse_dtype(dtype) or parse_dtype(config.dtype) or jnp.float32
         config = dataclasses.replace(config, dtype=np.dtype(wanted).name)
-        scheme, config = quantization_of(None, config, quantize, mesh)
+        scheme, config = quantization_of(None, config, quantize)
         module = cls.module_of(config, wanted, mesh, mesh_axes)
         params = draw_params(param_shapes(module), config, seed, wanted, module_sharding(module))
         if scheme is not None:
-            module, params = module.clone(dtype=wanted), quantize_params(params, scheme)
+            module = module.clone(dtype=wanted)
+            params = quantize_params(params, scheme, module_sharding(module))
         return Model(module, params, config, GenerationConfig.from_model_config(config))
 
     @classmethod
@@ -353,20 +355,22 @@ def _draw_normal(
     if place is None:
         return values
     path, sharding = place
-    return jax.lax.with_sharding_constraint(sharding.heads.apply(path, values), sharding.of_parameter(path, shape))
+    source = sharding.heads.source(path, stored)
+    laid = values if source is None else source.apply(values)
+    return jax.lax.with_sharding_constraint(laid, sharding.of_parameter(path, shape))
 
 
 def _load(
     module: Any, checkpoint: Checkpoint, dtype: DTypeLike, scheme: Scheme | None = None
 ) -> tuple[Params, list[str]]:
     """The module's parameters from a checkpoint, and the names of those of a new head, where it has none."""
-    shapes = param_shapes(module)
+    shapes, sharding = param_shapes(module), module_sharding(module)
+    shapes = shapes if sharding is None else sharding.stored_shapes(shapes)
     if scheme is not None:
         shapes = quantized_shapes(shapes, scheme)
     stored = {name.split(".")[0] for name in checkpoint.tensors}
     head = {path: shape for path, shape in shapes.items() if path[0] in NEW_HEADS and path[0] not in stored}
     body = {path: shape for path, shape in shapes.items() if path not in head}
-    sharding = module_sharding(module)
     with Progress("Loading") if sys.stderr.isatty() else nullcontext() as report:
         load: Callable[..., Params] = partial(load_params, dtype=np.dtype(dtype), put=jax.device_put, progress=report)
         if sharding is not None:

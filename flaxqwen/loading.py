@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,12 @@ from flaxqwen.convert.dtypes import all_finite, is_weight_dtype
 from flaxqwen.convert.load import match
 from flaxqwen.convert.names import Path, to_name
 from flaxqwen.convert.progress import Report
+from flaxqwen.convert.quantize import SCALE, QuantizedTensor
 from flaxqwen.convert.shards import Box, Counter, read_box
-from flaxqwen.convert.tensors import StoredTensor, array_chunks
-from flaxqwen.sharding import HeadLayout, Sharding
+from flaxqwen.convert.tensors import StoredTensor, Tensor, array_chunks
+from flaxqwen.layout import Source
+from flaxqwen.quantization import quantize_onto
+from flaxqwen.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -33,27 +36,37 @@ class ShardReader:
     counter: Counter = field(default_factory=Counter)
 
     def load(
-        self, checkpoint: Checkpoint, expected: Mapping[Path, tuple[int, ...]], progress: Report | None = None
+        self, checkpoint: Checkpoint, stored: Mapping[Path, tuple[int, ...]], progress: Report | None = None
     ) -> dict[str, Any]:
-        """The parameters of a model, as convert.load_params, for shapes as they are on the mesh.
+        """The parameters of a model, as convert.load_params.
+
+        A checkpoint that is quantized as it is read is so on the devices, weight by weight: the largest value of a row
+        is that of all its parts, and no process reads but its own.
+
+        Args:
+          stored: the shape of every parameter in the checkpoint.
 
         Raises:
           CheckpointError: as convert.load_params.
         """
-        heads = self.sharding.heads
-        tensors = match(checkpoint, {path: heads.stored_shape(path, shape) for path, shape in expected.items()})
+        tensors = match(checkpoint, stored)
         total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
         leaves: dict[Path, jax.Array] = {}
         for path, tensor in tensors.items():
-            assert isinstance(tensor, StoredTensor)
-            leaves[path] = self._array(path, tensor, expected[path])
+            if not isinstance(tensor, QuantizedTensor):
+                leaves[path] = self._array(path, tensor, self.sharding.source(path, stored), self.dtype)
+            elif not tensor.is_scale:
+                weight = self._array(path, tensor.source, None, tensor.source.dtype)
+                leaves |= quantize_onto(self.sharding, path, weight, tensor.scheme)
             done += tensor.nbytes
             if progress:
                 progress(done, total)
         return flax.traverse_util.unflatten_dict(leaves)
 
-    def _array(self, path: Path, tensor: StoredTensor, shape: tuple[int, ...]) -> jax.Array:
+    def _array(self, path: Path, tensor: Tensor, source: Source | None, dtype: np.dtype) -> jax.Array:
         """One parameter. Devices that hold the same part share one read of it."""
+        assert isinstance(tensor, StoredTensor)
+        shape = tensor.shape if source is None else source.laid_shape(tensor.shape)
         sharding = self.sharding.of_parameter(path, shape)
         devices: dict[Box, list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -62,39 +75,37 @@ class ShardReader:
             devices.setdefault(box, []).append(device)
         arrays = []
         for box, holders in devices.items():
-            part = read_part(tensor, box, self.sharding.heads, path, self.counter)
+            part = read_part(tensor, box, source, self.counter)
             if is_weight_dtype(part.dtype):
                 if not all(map(all_finite, array_chunks(part))):
                     warnings.warn(f"{to_name(path)} holds NaN or inf", stacklevel=2)
-                part = part.astype(self.dtype, copy=False)
+                part = part if path[-1] == SCALE else part.astype(dtype, copy=False)
             arrays += jax.block_until_ready([jax.device_put(part, device) for device in holders])
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def read_part(tensor: StoredTensor, box: Box, heads: HeadLayout, path: Path, counter: Counter | None) -> np.ndarray:
-    """The values in a box of a parameter in the layout of `heads`; heads of zeros are not read."""
-    found = heads.sources(path)
-    if found is None:
+def read_part(tensor: StoredTensor, box: Box, source: Source | None, counter: Counter | None) -> np.ndarray:
+    """The values in a box of a parameter that is made of `tensor` by `source`; blocks of zeros are not read."""
+    if source is None:
         return read_box(tensor, box, counter)
-    axis, sources = found
+    axis = len(box) + source.axis
     start, stop = box[axis]
+    pieces = list(_pieces(source, start, stop))
+    # Blocks ascend: between the first and the last there is none that is not in the box.
+    first, last = (pieces[0][2], pieces[-1][2] + pieces[-1][1] - pieces[-1][0]) if pieces else (0, 0)
+    inner = read_box(tensor, (*box[:axis], (first, last), *box[axis + 1 :]), counter)
+    if last - first == stop - start:
+        return inner
     out = np.zeros([last - first for first, last in box], tensor.dtype)
-    for place, source, count in _runs(sources):
-        first, last = max(start, place * heads.head_dim), min(stop, (place + count) * heads.head_dim)
-        if source >= 0 and first < last:
-            shift = (source - place) * heads.head_dim
-            inner = (*box[:axis], (first + shift, last + shift), *box[axis + 1 :])
-            where = (*(slice(None),) * axis, slice(first - start, last - start))
-            out[where] = read_box(tensor, inner, counter)
+    before = (slice(None),) * axis
+    for place, end, taken in pieces:
+        out[*before, place - start : end - start] = inner[*before, taken - first : taken - first + end - place]
     return out
 
 
-def _runs(sources: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(place, source, count) of stretches whose sources follow each other."""
-    runs: list[tuple[int, int, int]] = []
-    for place, source in enumerate(sources):
-        if runs and source >= 0 and runs[-1][1] >= 0 and source == runs[-1][1] + runs[-1][2]:
-            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
-        else:
-            runs.append((place, source, 1))
-    return runs
+def _pieces(source: Source, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, the checkpoint's start) of the blocks between two places of the axis; without zeros."""
+    for index in range(start // source.size, -(-stop // source.size)):
+        if source.blocks[index] >= 0:
+            first, last = max(start, index * source.size), min(stop, (index + 1) * source.size)
+            yield first, last, first + (source.blocks[index] - index) * source.size

@@ -76,9 +76,7 @@ def restore_native(
       ImportError: orbax is not installed.
     """
     path = (folder / FOLDER).absolute()
-    wanted = {
-        path: shape if sharding is None else sharding.heads.stored_shape(path, shape) for path, shape in shapes.items()
-    }
+    wanted = dict(shapes) if sharding is None else sharding.stored_shapes(shapes)
     with import_orbax().StandardCheckpointer() as checkpointer:
         stored = flax.traverse_util.flatten_dict(checkpointer.metadata(path).item_metadata.tree)
         _check(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, wanted)

@@ -2,7 +2,7 @@
 
 XLA's SPMD partitioner does the rest. A decode step costs two all-reduces per layer and one for the embedding.
 
-Axes: B batch, S cache capacity, N query heads, K key/value heads, G = N / K, H head dim.
+Axes: B batch, T tokens, S cache capacity, N query heads.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,27 +23,30 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from flaxqwen.cache import LayerCache
 from flaxqwen.config import Qwen2AudioConfig, Qwen2Config
 from flaxqwen.convert.names import Path, to_name
+from flaxqwen.convert.quantize import SCALE, group_count
+from flaxqwen.layout import HeadLayout, Source
 
 T = TypeVar("T")
 Config = Qwen2Config | Qwen2AudioConfig
 Axes = tuple[str | None, ...]
 
 MESH_AXES = ("data", "fsdp", "tensor")
-TOWER = "audio_tower"  # of Qwen2-Audio: its heads are never padded or repeated
 
 # Logical axes of parameters, by tensor name; the first pattern that fits. Those of Qwen2-Audio's tower have names of
-# their own but for q, k and v, whose heads lie as the decoder's.
+# their own but for q, k and v, whose heads lie as the decoder's. A `weight*` is a weight, or, where it is quantized,
+# its integers or its scales, which are cut alike; those of the embedding are whole: cut, they would be gathered apart.
 PARAMETER_RULES: tuple[tuple[str, Axes], ...] = (
+    ("*embed_tokens.weight_scale", (None, None)),
     ("*embed_tokens.weight", ("vocab", "embed")),
-    ("*lm_head.weight", ("vocab", "embed")),
-    ("*q_proj.weight", ("heads", "embed")),
+    ("*lm_head.weight*", ("vocab", "embed")),
+    ("*q_proj.weight*", ("heads", "embed")),
     ("*q_proj.bias", ("heads",)),
-    ("*[kv]_proj.weight", ("kv_heads", "embed")),
+    ("*[kv]_proj.weight*", ("kv_heads", "embed")),
     ("*[kv]_proj.bias", ("kv_heads",)),
-    ("*o_proj.weight", ("embed", "heads")),
-    ("*gate_proj.weight", ("mlp", "embed")),
-    ("*up_proj.weight", ("mlp", "embed")),
-    ("*down_proj.weight", ("embed", "mlp")),
+    ("*o_proj.weight*", ("embed", "heads")),
+    ("*gate_proj.weight*", ("mlp", "embed")),
+    ("*up_proj.weight*", ("mlp", "embed")),
+    ("*down_proj.weight*", ("embed", "mlp")),
     ("*out_proj.weight", ("embed", "heads")),
     ("*fc1.weight", ("mlp", "embed")),
     ("*fc1.bias", ("mlp",)),
@@ -115,104 +119,6 @@ def mesh_of(text: str | None, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadLayout:
-    """Attention heads as they lie on a tensor axis that the checkpoint's numbers may not fit.
-
-    Each key/value head is repeated, next to itself, until the axis divides their number; the query heads of a group are
-    padded with heads of zeros until the repeats divide their number. The columns of o_proj for those are zero too, so
-    that nothing changes: 28 query and 4 key/value heads become 32 and 8 on 8 devices. Unpadded, the partitioner moves
-    activations from device to device in every layer (18 all-gathers and 24 all-to-alls in 4 layers).
-
-    queries: the checkpoint's head in each place; -1: a head of zeros. keys: likewise of key/value heads; none is zero.
-    """
-
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-    head_dim: int
-
-    @classmethod
-    def fit(cls, config: Qwen2Config, parts: int) -> HeadLayout:
-        """The layout of a config's heads on a tensor axis of `parts` devices."""
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        group, repeats = heads // kv_heads, math.lcm(kv_heads, parts) // kv_heads
-        padded = -(-group // repeats) * repeats
-        queries = [k * group + g if g < group else -1 for k in range(kv_heads) for g in range(padded)]
-        return cls(tuple(queries), tuple(k for k in range(kv_heads) for _ in range(repeats)), int(config.head_dim))
-
-    @cached_property
-    def own_queries(self) -> tuple[int, ...]:
-        """The places of the checkpoint's query heads, in its order."""
-        return tuple(place for place, head in enumerate(self.queries) if head >= 0)
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether any query head is one of zeros."""
-        return len(self.own_queries) < len(self.queries)
-
-    @property
-    def repeats(self) -> int:
-        """How many times each key/value head is there."""
-        return len(self.keys) // (max(self.keys) + 1)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether heads are just as in the checkpoint."""
-        return not self.is_padded and self.repeats == 1
-
-    def replace_in(self, config: Config) -> Config:
-        """The config of a module whose decoder has the heads of this layout."""
-        if self.is_identity:
-            return config
-        heads, kv_heads = len(self.queries), len(self.keys)
-        text = dataclasses.replace(
-            config.get_text_config(), num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=self.head_dim
-        )
-        return text if isinstance(config, Qwen2Config) else dataclasses.replace(config, text_config=text)
-
-    def sources(self, path: Path) -> tuple[int, tuple[int, ...]] | None:
-        """The axis of a parameter that heads lie on, and the checkpoint's head in each place; None where none does."""
-        owner, leaf = path[-2:] if len(path) > 1 else ("", "")
-        if self.is_identity or leaf not in ("weight", "bias") or TOWER in path:
-            return None
-        places = {"q_proj": (0, self.queries), "k_proj": (0, self.keys), "v_proj": (0, self.keys)}
-        return (1, self.queries) if (owner, leaf) == ("o_proj", "weight") else places.get(owner)
-
-    def stored_shape(self, path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in the checkpoint of a parameter of `shape`."""
-        found = self.sources(path)
-        if found is None:
-            return shape
-        axis, heads = found
-        return (*shape[:axis], (max(heads) + 1) * self.head_dim, *shape[axis + 1 :])
-
-    def apply(self, path: Path, array: jax.Array) -> jax.Array:
-        """A parameter in this layout, from the checkpoint's."""
-        found = self.sources(path)
-        if found is None:
-            return array
-        axis, heads = found
-        split = self._split(array, axis)
-        places = np.asarray(heads)
-        keep = (places >= 0).reshape((-1,) + (1,) * (split.ndim - axis - 1))
-        taken = jnp.where(keep, jnp.take(split, np.maximum(places, 0), axis=axis), 0)
-        return taken.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :]).astype(array.dtype)
-
-    def undo(self, path: Path, array: jax.Array) -> jax.Array:
-        """The checkpoint's parameter, from one in this layout; the inverse of `apply`."""
-        found = self.sources(path)
-        if found is None:
-            return array
-        axis, heads = found
-        first = np.asarray([heads.index(head) for head in range(max(heads) + 1)])
-        taken = jnp.take(self._split(array, axis), first, axis=axis)
-        return taken.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
-
-    def _split(self, array: jax.Array, axis: int) -> jax.Array:
-        """[..., heads * H, ...] -> [..., heads, H, ...]."""
-        return array.reshape(*array.shape[:axis], -1, self.head_dim, *array.shape[axis + 1 :])
-
-
-@dataclasses.dataclass(frozen=True)
 class Sharding:
     """How a model lies on a mesh: a static field of its modules, which constrain activations in a few named places.
 
@@ -265,44 +171,88 @@ class Sharding:
         Raises:
           ValueError: there is no rule for it.
         """
-        name = to_name(path)
-        logical = next((axes for pattern, axes in self.parameters if fnmatchcase(name, pattern)), None)
+        logical = self.logical_axes(path)
         if logical is None or not 0 <= len(shape) - len(logical) <= 1:
-            raise ValueError(f"{name} {list(shape)}: no rule in flaxqwen.sharding.PARAMETER_RULES fits it")
+            raise ValueError(f"{to_name(path)} {list(shape)}: no rule in flaxqwen.sharding.PARAMETER_RULES fits it")
         return self.of((None,) * (len(shape) - len(logical)) + logical, shape)
 
     def of_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Where each of a tree of parameters (or of their shapes) lies, as a tree."""
         return _map_params(lambda path, leaf: self.of_parameter(path, leaf.shape), params)
 
+    def source(self, path: Path, stored: Mapping[Path, tuple[int, ...]]) -> Source | None:
+        """What a parameter becomes here, given the shapes of all in the checkpoint; None: it stays as it is."""
+        if path[-1] == SCALE and stored[path][-1] > 1:
+            found = self._source_of_groups(path, stored[path][-1], stored[*path[:-1], "weight"])
+            if found is not None:
+                return found
+        return self.heads.source(path, stored[path])
+
+    def _source_of_groups(self, path: Path, groups: int, values: tuple[int, ...]) -> Source | None:
+        """Of int4's scales where input channels are cut: each is repeated until no two heads, or devices, share one."""
+        logical = self.logical_axes(path)
+        if logical is None or logical[-1] == "embed":  # whole when it is used
+            return None
+        if path[-2] == "o_proj" and not self.heads.is_identity:
+            parts, blocks = max(self.heads.queries) + 1, self.heads.queries
+        else:
+            parts = values[-1] // self.of(logical, values).shard_shape(values)[-1]
+            blocks = tuple(range(parts))
+        scales = math.lcm(groups, parts) // parts  # of one of the parts
+        if parts * scales == groups and blocks == tuple(range(parts)):
+            return None
+        places = [block * scales + i if block >= 0 else -1 for block in blocks for i in range(scales)]
+        return Source(-1, tuple(place * groups // (parts * scales) for place in places), 1)
+
+    def logical_axes(self, path: Path) -> Axes | None:
+        """Those of a parameter, by the first rule that fits; None: there is none."""
+        name = to_name(path)
+        return next((axes for pattern, axes in self.parameters if fnmatchcase(name, pattern)), None)
+
+    def stored_shapes(self, shapes: Mapping[Path, tuple[int, ...]]) -> dict[Path, tuple[int, ...]]:
+        """The shapes in the checkpoint of parameters that have these on the mesh."""
+        stored = {path: self.heads.stored_shape(path, shape) for path, shape in shapes.items()}
+        for path, shape in stored.items():
+            if path[-1] == SCALE and shape[-1] > 1:
+                width = 2 * stored[*path[:-1], "weight"][-1]
+                stored[path] = (*shape[:-1], group_count(width))
+        return stored
+
+    def lay(self, path: Path, leaf: jax.Array, source: Source | None) -> jax.Array:
+        """A parameter as the checkpoint has it, laid on the mesh."""
+        laid = leaf if source is None else _apply(leaf, source=source)
+        return jax.device_put(laid, self.of_parameter(path, laid.shape))
+
     def undo_heads(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters as the checkpoint has them."""
+        stored = self.stored_shapes(shapes_of(params))
 
-        def undo(path: Path, leaf: jax.Array) -> jax.Array:
-            return leaf if self.heads.sources(path) is None else _undo(leaf, heads=self.heads, path=path[-2:])
-
-        return _map_params(undo, params)
+        return _map_params(lambda path, leaf: undo(leaf, self.source(path, stored)), params)
 
     def apply_heads(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters as the checkpoint has them, laid on the mesh; the inverse of undo_heads."""
-
-        def apply(path: Path, leaf: jax.Array) -> jax.Array:
-            if self.heads.sources(path) is None:
-                return leaf
-            laid = _apply(leaf, heads=self.heads, path=path[-2:])
-            return jax.device_put(laid, self.of_parameter(path, laid.shape))
-
-        return _map_params(apply, params)
+        stored = shapes_of(params)
+        return _map_params(lambda path, leaf: self.lay(path, leaf, self.source(path, stored)), params)
 
 
-@partial(jax.jit, static_argnames=("heads", "path"))
-def _undo(leaf: jax.Array, *, heads: HeadLayout, path: Path) -> jax.Array:
-    return heads.undo(path, leaf)
+def undo(leaf: jax.Array, source: Source | None) -> jax.Array:
+    """A parameter as the checkpoint has it; the inverse of Sharding.lay."""
+    return leaf if source is None else _undo(leaf, source=source)
 
 
-@partial(jax.jit, static_argnames=("heads", "path"))
-def _apply(leaf: jax.Array, *, heads: HeadLayout, path: Path) -> jax.Array:
-    return heads.apply(path, leaf)
+@partial(jax.jit, static_argnames="source")
+def _undo(leaf: jax.Array, *, source: Source) -> jax.Array:
+    return source.undo(leaf)
+
+
+@partial(jax.jit, static_argnames="source")
+def _apply(leaf: jax.Array, *, source: Source) -> jax.Array:
+    return source.apply(leaf)
+
+
+def shapes_of(params: Mapping[str, Any]) -> dict[Path, tuple[int, ...]]:
+    """The shape of each of a tree of parameters, by its path."""
+    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(dict(params)).items()}
 
 
 def _map_params(function: Callable[[Path, Any], Any], params: Mapping[str, Any]) -> dict[str, Any]:

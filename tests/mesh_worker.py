@@ -17,8 +17,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 import jax
 import numpy as np
 
-from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, make_mesh
+from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, loading, make_mesh
+from flaxqwen.convert import open_checkpoint
 from flaxqwen.generation import loop
+from flaxqwen.sharding import shapes_of
 
 MESHES = {"8x1": (8, 1, 1), "1x8": (1, 1, 8), "2x4": (2, 1, 4), "4x2": (4, 1, 2), "fsdp": (1, 4, 2)}
 # Where beams, sampling and what users see of heads run too: heads are padded and repeated, and rows cut, there.
@@ -27,6 +29,8 @@ EVERYTHING = ("2x4",)
 HEARING = ("2x4", "fsdp")
 # Whose decoding programs are looked at.
 DECODING = ("1x8", "2x4", "4x2")
+# Where quantized weights run. Heads of 8 and groups of 16, and 24 of 96 channels and groups of 32, share no border.
+QUANTIZED = {"int8": ("1x8", "fsdp"), "int4": ("2x4", "fsdp")}
 NEW = 8
 
 
@@ -44,10 +48,41 @@ def main(folder: Path) -> None:
         results |= {f"{kind}/{name}": value for kind, value in found.items()}
         if name in DECODING:
             programs[f"hlo/{name}"] = decode_program(model, inputs)
+    for scheme, meshes in QUANTIZED.items():
+        for name in ("one", *meshes):
+            found = quantized(folder, scheme, name, inputs)
+            results |= {f"{kind}/{scheme}/{name}": value for kind, value in found.items()}
     for name in ("one", *HEARING):
         found = hear(folder / "audio", None if name == "one" else make_mesh(*MESHES[name]))
         results |= {f"{kind}/{name}": value for kind, value in found.items()}
     np.savez(folder / "results.npz", **results, **programs)
+
+
+def quantized(folder: Path, scheme: Any, name: str, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """forward and greedy decoding, and on a mesh what is saved, loaded and read of the files."""
+    mesh = None if name == "one" else make_mesh(*MESHES[name])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantize=scheme, mesh=mesh)
+    prompts = {"input_ids": inputs["ids"], "attention_mask": inputs["mask"]}
+    found = {
+        "logits": np.asarray(model(**prompts).logits),
+        "greedy": model.generate(**prompts, max_new_tokens=NEW, do_sample=False),
+    }
+    model.save_pretrained(folder / scheme / name)
+    drawn = AutoModelForCausalLM.from_config(model.config, seed=3, mesh=mesh)
+    drawn.save_pretrained(folder / scheme / f"drawn-{name}")
+    if mesh is None:
+        return found
+    stored = AutoModelForCausalLM.from_pretrained(folder / scheme / "one", mesh=mesh)
+    same = jax.tree.map(lambda a, b: a.sharding == b.sharding and np.array_equal(a, b), model.params, stored.params)
+    reader = loading.ShardReader(model.module.sharding, np.dtype(np.float32))
+    with open_checkpoint(folder) as checkpoint:
+        shapes = model.module.sharding.stored_shapes(shapes_of(model.params))
+        reader.load(checkpoint.quantized(scheme), shapes)
+        nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    found |= {"same": np.asarray(jax.tree.all(same)), "read": np.asarray(reader.counter.nbytes / nbytes)}
+    if name in DECODING:
+        found["hlo"] = decode_program(model, inputs)
+    return found
 
 
 def hear(folder: Path, mesh: Any) -> dict[str, np.ndarray]:

@@ -25,9 +25,10 @@ from flaxqwen.cli import main
 from flaxqwen.convert import open_checkpoint, save_params
 from flaxqwen.convert.names import to_name
 from flaxqwen.convert.shards import Counter as Bytes
+from flaxqwen.layout import HeadLayout
 from flaxqwen.loading import ShardReader, read_part
-from flaxqwen.sharding import HeadLayout, Sharding
-from tests.mesh_worker import DECODING, EVERYTHING, HEARING, MESHES, NEW
+from flaxqwen.sharding import Sharding, undo
+from tests.mesh_worker import DECODING, EVERYTHING, HEARING, MESHES, NEW, QUANTIZED
 from tests.models.test_qwen2_audio import CLIPS, config_dict, expanded, older_prompt
 from tests.reference import close, padded_mask, random_ids, th, tiny, torch_model
 
@@ -142,6 +143,25 @@ def test_orbax_restores_onto_another_mesh(worker, mesh):
         AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=3)
 
 
+CUT = [(scheme, mesh) for scheme, meshes in QUANTIZED.items() for mesh in meshes]
+
+
+@pytest.mark.parametrize(("scheme", "mesh"), CUT)
+def test_quantized_weights(worker, scheme, mesh):
+    """Logits within 1e-5 of the same quantized model's on one device, tokens identical.
+
+    Whether quantized before, while they load or when they are drawn: the same integers and scales, bit for bit, in the
+    same places, and saved as on one device; of the plain checkpoint each byte is read once, but for repeated biases.
+    """
+    close(worker[f"logits/{scheme}/{mesh}"], worker[f"logits/{scheme}/one"], relative=1e-5)
+    assert (worker[f"greedy/{scheme}/{mesh}"] == worker[f"greedy/{scheme}/one"]).all()
+    assert worker[f"same/{scheme}/{mesh}"]
+    assert worker[f"read/{scheme}/{mesh}"] == pytest.approx(1, rel=0.01)
+    for kind in ("", "drawn-"):
+        saved, one = (worker["folder"] / scheme / f"{kind}{name}/flax_model.safetensors" for name in (mesh, "one"))
+        assert saved.read_bytes() == one.read_bytes()
+
+
 COLLECTIVE = re.compile(r"= (\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
@@ -151,8 +171,12 @@ def test_collectives_of_decoding(worker, mesh):
     found = Counter((op, shape.split("{")[0]) for shape, op in COLLECTIVE.findall(str(worker[f"hlo/{mesh}"])))
     rows = 8 // MESHES[mesh][0]
     assert found.pop(("all-reduce", f"f32[{rows},1,56]")) == 2 * LAYERS + 1
-    in_the_loop = [key for key in found if not key[1].startswith(("s32[8,512]", "s32[4,8]", "pred[4,8]"))]
-    for op, shape in in_the_loop:
+    assert_small(found)
+
+
+def assert_small(found: Counter) -> None:
+    """No collective is larger than a number for each row, but for those of the rows' tokens."""
+    for op, shape in (key for key in found if not key[1].startswith(("s32[8,512]", "s32[4,8]", "pred[4,8]"))):
         sizes = [int(n) for n in re.findall(r"\d+", shape.split("[")[1])]
         assert np.prod(sizes) <= 8, (op, shape)
 
@@ -188,9 +212,10 @@ def test_head_layout(rng, heads, kv_heads, parts, padded, repeated):
     for owner, shape in {"q_proj": (heads * H, D), "k_proj": (kv_heads * H, D), "o_proj": (D, heads * H)}.items():
         weight = rng.normal(size=shape).astype(np.float32)
         path = ("self_attn", owner, "weight")
-        moved = layout.apply(path, jnp.asarray(weight))
+        source = layout.source(path, shape)
+        moved = weight if source is None else source.apply(jnp.asarray(weight))
         assert layout.stored_shape(path, moved.shape) == shape
-        assert np.array_equal(layout.undo(path, moved), weight)
+        assert np.array_equal(undo(moved, source), weight)
         if owner == "o_proj":
             columns = np.asarray(moved).reshape(D, padded, H)
             zero = [place for place, head in enumerate(layout.queries) if head < 0]
@@ -209,12 +234,13 @@ def test_parts_of_a_checkpoint(rng, tmp_path):
         with open_checkpoint(folder) as checkpoint:
             for name, value in stored.items():
                 path = tuple(name.split("."))
-                whole = np.asarray(layout.apply(path, jnp.asarray(value)))
+                source = layout.source(path, value.shape)
+                whole = value if source is None else np.asarray(source.apply(jnp.asarray(value)))
                 for _ in range(10):
                     box = tuple(tuple(sorted(rng.choice(size + 1, 2, replace=False))) for size in whole.shape)
                     wanted = whole[tuple(slice(*ends) for ends in box)]
                     counter = Bytes()
-                    part = read_part(checkpoint.tensors[name], box, layout, path, counter)
+                    part = read_part(checkpoint.tensors[name], box, source, counter)
                     assert np.array_equal(part, wanted)
                     assert np.count_nonzero(wanted) * 4 <= counter.nbytes <= wanted.nbytes
 
@@ -235,9 +261,11 @@ def test_host_memory_of_loading(tmp_path, dtype):
     for path, shape in shapes.items():
         with open_checkpoint(tmp_path) as checkpoint:
             tracemalloc.start()
-            ShardReader(sharding, np.dtype(dtype))._array(path, checkpoint.tensors[to_name(path)], shape)
+            tensor, reader = checkpoint.tensors[to_name(path)], ShardReader(sharding, np.dtype(dtype))
+            array = reader._array(path, tensor, sharding.heads.source(path, tensor.shape), np.dtype(dtype))
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
+        assert array.shape == shape
         assert peak < 2 * 16384 * 128 * 4
 
 
@@ -285,5 +313,15 @@ def test_info_shows_the_mesh(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "heads: 28 padded to 32, key/value 4 repeated to 8" in text
     assert "model.layers.*.self_attn.o_proj.weight" in text
+    # int4: a scale of each head of o_proj, and of 64 of down_proj's channels, as 18,944 / 8 are no multiple of 128.
+    values["quantization_config"] = {"quant_method": "flaxqwen", "weights": "int4"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert main(["info", str(tmp_path), "--mesh", "tensor=8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["mesh"]
+    weights = (4096 + 2 * 1024) * 3584 + 3584 * 4096 + 3 * 18944 * 3584
+    scales = (4096 + 2 * 1024) * 28 + 3584 * 32 + 2 * 18944 * 28 + 3584 * 296
+    layer = (weights / 2 + 4 * scales + 2 * (4096 + 2 * 1024)) / 8 + 2 * 2 * 3584
+    embedding, head = 152064 * 3584 / 8 + 4 * 152064, 152064 * (3584 + 4) / 8
+    assert found["bytes_per_device"] == 28 * layer + embedding + head + 2 * 3584
     assert main(["info", str(tmp_path), "--mesh", "tensor=-1"]) == 2
     assert "give the sizes of the mesh, none of them -1" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from flaxqwen.cli.common import format_bytes, heads_text, module_of
 from flaxqwen.config import Qwen2Config, config_from_file
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.names import to_name
-from flaxqwen.convert.quantize import METHOD, quantized_shapes, scheme_of
+from flaxqwen.convert.quantize import METHOD, SCALE, quantized_shapes, scheme_of
 from flaxqwen.hub import resolve_folder
 from flaxqwen.sharding import Sharding, parse_mesh
 
@@ -155,23 +155,28 @@ def mesh_info(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
     """Where the parameters lie on a mesh, by their place in the model, and what became of the heads.
 
     Raises:
-      ValueError: sizes that are not all given; quantized weights.
+      ValueError: sizes that are not all given; weights quantized by another method.
     """
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
     if min(sizes.values()) < 1:
         raise ValueError("info shows any number of devices: give the sizes of the mesh, none of them -1")
-    if config.quantization_config is not None:
-        raise ValueError("quantized weights do not lie on a mesh yet: leave out --mesh")
+    scheme = scheme_of(config.quantization_config)
     # A mesh without devices: those that are here do not matter.
     sharding = Sharding.fit(cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes))), config)
     heads, text = sharding.heads, config.get_text_config()
-    module = module_of(config).clone(config=heads.replace_in(config))
-    itemsize = np.dtype(parse_dtype(module_of(config).config.dtype or "float32")).itemsize
+    module = module_of(config)
+    itemsize = np.dtype(parse_dtype(module.config.dtype or "float32")).itemsize
+    stored = param_shapes(module)
+    stored = stored if scheme is None else quantized_shapes(stored, scheme)
     groups: dict[str, dict[str, Any]] = {}
-    for path, shape in param_shapes(module).items():
+    for path, stored_shape in stored.items():
         name = re.sub(r"\.\d+\.", ".*.", to_name(path))
+        source = sharding.source(path, stored)
+        shape = stored_shape if source is None else source.laid_shape(stored_shape)
         place = sharding.of_parameter(path, shape)
-        part = math.prod(place.shard_shape(shape)) * itemsize
+        is_integer = (*path[:-1], SCALE) in stored and path[-1] == "weight"
+        width = 4 if path[-1] == SCALE else 1 if is_integer else itemsize
+        part = math.prod(place.shard_shape(shape)) * width
         group = groups.setdefault(name, {"count": 0, "shape": list(shape), "axes": axes_text(place.spec), "bytes": 0})
         group["count"] += 1
         group["bytes"] += part

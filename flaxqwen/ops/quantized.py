@@ -67,13 +67,19 @@ def _contract_int4(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Arr
 
 
 def _contract_int4_wide(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    low, high = _halves(values, scale)
-    return _contract_wide(x[..., 0::2], low) + _contract_wide(x[..., 1::2], high)
+    (low, high), (even, odd) = _halves(values, scale), _even_and_odd(x)
+    return _contract_wide(even, low) + _contract_wide(odd, high)
 
 
 def _contract_int4_one_row_cpu(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    low, high = _halves(values, scale)
-    return _contract_one_row_cpu(x[..., 0::2], low) + _contract_one_row_cpu(x[..., 1::2], high)
+    (low, high), (even, odd) = _halves(values, scale), _even_and_odd(x)
+    return _contract_one_row_cpu(even, low) + _contract_one_row_cpu(odd, high)
+
+
+def _even_and_odd(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The even and the odd channels of x [..., in]; of pairs, which stay together where a mesh cuts x."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return pairs[..., 0], pairs[..., 1]
 
 
 def _halves(values: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
