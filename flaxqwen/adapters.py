@@ -16,7 +16,7 @@ from flaxqwen.config import PretrainedConfig
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.hub import resolve_adapter
 from flaxqwen.lora import LoraConfig, adapted_module, init_adapter, make_variables, read_adapter, write_adapter
-from flaxqwen.lora.files import check_tensors, place
+from flaxqwen.lora.files import check_tensors, place_tensors
 from flaxqwen.lora.merge import merged_params
 from flaxqwen.lora.mixed import mix_adapters
 from flaxqwen.lora.tree import Tree, to_tensors
@@ -98,7 +98,7 @@ class AdapterMethods:
             name.removeprefix("base_model.model."): np.asarray(leaf) for name, leaf in adapter_state_dict.items()
         }
         check_tensors("adapter_state_dict", config, tensors, self._base_module, self.params)
-        return self._with(adapter_name, config, place(tensors))
+        return self._with(adapter_name, config, place_tensors(tensors, self.module))
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = DEFAULT_NAME, *, seed: int = 0) -> Self:
         """The model with a new adapter, drawn as peft draws it, to be trained; active alone.
@@ -217,7 +217,9 @@ class AdapterMethods:
         for name, (_, tree) in self.adapters.loaded.items():
             if set(ENCODER_PARTS) & set(tree.get("model", ())):
                 raise ValueError(f"adapter {name!r} adapts the audio tower, whose clips are no rows: set_adapter it")
-        lora = mix_adapters(self.adapters.loaded, list(adapter_names) * copies)
+        sharding = module_sharding(self.module)
+        heads = None if sharding is None else sharding.heads
+        lora = mix_adapters(self.adapters.loaded, list(adapter_names) * copies, heads)
         adapters = dataclasses.replace(self.adapters, variables={"params": self.params, "lora": lora})
         return self._replace(module=self._base_module, adapters=adapters)
 
@@ -255,8 +257,6 @@ class AdapterMethods:
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
         if self.adapters.merged:
             raise ValueError("the active adapters are merged: call unmerge_adapter before another one is loaded")
-        if module_sharding(self.module) is not None:
-            raise ValueError("adapters on a mesh are not supported yet: merge_and_unload() without one, and save")
 
     def _need_adapters(self) -> None:
         if not self.adapters.loaded:

@@ -77,6 +77,15 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def gather(x: jax.Array) -> np.ndarray:
+    """The whole of an array, in every process; all of them call."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def agree(value: ArrayLike) -> np.ndarray:
     """The main process's value, in every process."""
     if jax.process_count() == 1:

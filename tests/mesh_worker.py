@@ -17,7 +17,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 import jax
 import numpy as np
 
-from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, loading, make_mesh
+from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LoraConfig, loading, make_mesh
 from flaxqwen.convert import open_checkpoint
 from flaxqwen.generation import loop
 from flaxqwen.sharding import shapes_of
@@ -30,7 +30,17 @@ HEARING = ("2x4", "fsdp")
 # Whose decoding programs are looked at.
 DECODING = ("1x8", "2x4", "4x2")
 # Where quantized weights run. Heads of 8 and groups of 16, and 24 of 96 channels and groups of 32, share no border.
-QUANTIZED = {"int8": ("1x8", "fsdp"), "int4": ("2x4", "fsdp")}
+QUANTIZED = {"int8": ("1x8",), "int4": ("2x4", "fsdp")}
+# Where adapters run, and which: every linear layer; magnitudes, biases, a whole module; another beside the first.
+ADAPTED = ("2x4",)
+ADAPTERS = {
+    "plain": LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False),
+    "dora": LoraConfig(
+        r=3, use_dora=True, bias="all", target_modules=("q_proj", "k_proj", "o_proj"), modules_to_save=("v_proj",),
+        init_lora_weights=False,
+    ),
+    "small": LoraConfig(r=2, target_modules=("o_proj", "v_proj"), init_lora_weights=False),
+}  # fmt: skip
 NEW = 8
 
 
@@ -52,6 +62,9 @@ def main(folder: Path) -> None:
         for name in ("one", *meshes):
             found = quantized(folder, scheme, name, inputs)
             results |= {f"{kind}/{scheme}/{name}": value for kind, value in found.items()}
+    for name in ("one", *ADAPTED):
+        found = adapted(folder, name, inputs)
+        results |= {f"{kind}/{name}": value for kind, value in found.items()}
     for name in ("one", *HEARING):
         found = hear(folder / "audio", None if name == "one" else make_mesh(*MESHES[name]))
         results |= {f"{kind}/{name}": value for kind, value in found.items()}
@@ -83,6 +96,25 @@ def quantized(folder: Path, scheme: Any, name: str, inputs: dict[str, np.ndarray
     if name in DECODING:
         found["hlo"] = decode_program(model, inputs)
     return found
+
+
+def adapted(folder: Path, name: str, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Adapters drawn, loaded and saved, beside the weights and merged, and one for each row."""
+    mesh = None if name == "one" else make_mesh(*MESHES[name])
+    model = together = AutoModelForCausalLM.from_pretrained(folder, mesh=mesh)
+    prompts = {"input_ids": inputs["ids"], "attention_mask": inputs["mask"]}
+    found = {}
+    for kind, config in ADAPTERS.items():
+        model.add_adapter(config, seed=3).save_adapter(folder / "drawn" / name / kind)
+        loaded = model.load_adapter(folder / "drawn" / "one" / kind)
+        loaded.save_adapter(folder / "loaded" / name / kind)
+        together = together.load_adapter(folder / "drawn" / "one" / kind, kind)
+        if kind != "small":
+            found[kind] = np.asarray(loaded(**prompts).logits)
+            found[f"merged-{kind}"] = np.asarray(loaded.merge_adapter()(**prompts).logits)
+    names = ["plain", "__base__", "small", "small", "plain", "plain", "__base__", "small"]
+    mixed = together.generate(**prompts, adapter_names=names, max_new_tokens=NEW, do_sample=False)
+    return found | {"mixed": mixed}
 
 
 def hear(folder: Path, mesh: Any) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Qwen2AudioConfig, Qwen2Config, make_mesh
 from flaxqwen.auto import param_shapes
@@ -27,8 +28,10 @@ from flaxqwen.convert.names import to_name
 from flaxqwen.convert.shards import Counter as Bytes
 from flaxqwen.layout import HeadLayout
 from flaxqwen.loading import ShardReader, read_part
+from flaxqwen.lora.mesh import with_heads
+from flaxqwen.ops.lora import Adapter, expand
 from flaxqwen.sharding import Sharding, undo
-from tests.mesh_worker import DECODING, EVERYTHING, HEARING, MESHES, NEW, QUANTIZED
+from tests.mesh_worker import ADAPTED, ADAPTERS, DECODING, EVERYTHING, HEARING, MESHES, NEW, QUANTIZED
 from tests.models.test_qwen2_audio import CLIPS, config_dict, expanded, older_prompt
 from tests.reference import close, padded_mask, random_ids, th, tiny, torch_model
 
@@ -162,7 +165,27 @@ def test_quantized_weights(worker, scheme, mesh):
         assert saved.read_bytes() == one.read_bytes()
 
 
-COLLECTIVE = re.compile(r"= (\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+@pytest.mark.parametrize("mesh", ADAPTED)
+def test_adapters(worker, mesh):
+    """Beside the weights, merged and by row as on one device; saved they are what was loaded, drawn what is drawn."""
+    for kind in ("plain", "dora"):
+        assert np.abs(worker[f"{kind}/one"] - worker["logits/one"]).max() > 0.1 * np.abs(worker["logits/one"]).max()
+        close(worker[f"{kind}/{mesh}"], worker[f"{kind}/one"], relative=1e-5)
+        close(worker[f"merged-{kind}/{mesh}"], worker[f"{kind}/one"], relative=2e-5)
+    assert (worker[f"mixed/{mesh}"] == worker["mixed/one"]).all()
+    assert len({row.tobytes() for row in worker["mixed/one"]}) == 8
+    for kind in ADAPTERS:
+        drawn, loaded = (worker["folder"] / name / mesh / kind for name in ("drawn", "loaded"))
+        one = worker["folder"] / "drawn/one" / kind / "adapter_model.safetensors"
+        assert (loaded / one.name).read_bytes() == one.read_bytes()
+        wanted, found = load_file(one), load_file(drawn / one.name)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            close(found[name], value, relative=1e-6)
+
+
+OPERATIONS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+COLLECTIVE = re.compile(rf"= (\S+|\([^()]*\)) ({OPERATIONS})(?:-start)?\(")
 
 
 @pytest.mark.parametrize("mesh", DECODING)
@@ -171,6 +194,19 @@ def test_collectives_of_decoding(worker, mesh):
     found = Counter((op, shape.split("{")[0]) for shape, op in COLLECTIVE.findall(str(worker[f"hlo/{mesh}"])))
     rows = 8 // MESHES[mesh][0]
     assert found.pop(("all-reduce", f"f32[{rows},1,56]")) == 2 * LAYERS + 1
+    assert_small(found)
+
+
+@pytest.mark.parametrize(("scheme", "mesh"), [("int8", "1x8"), ("int4", "2x4")])
+def test_collectives_of_quantized_decoding(worker, scheme, mesh):
+    """As many. On a CPU int8 is multiplied as three digits, and int4's even and odd channels are reduced at once."""
+    found = Counter()
+    for shape, op in COLLECTIVE.findall(str(worker[f"hlo/{scheme}/{mesh}"])):
+        found[op, re.sub(r"\{[\d,]*\}", "", shape)] += 1
+    rows = 8 // MESHES[mesh][0]
+    whole = {"int8": f"s32[3,{rows},56]", "int4": f"(f32[{rows},1,56], f32[{rows},1,56])"}[scheme]
+    assert found.pop(("all-reduce", whole)) == 2 * LAYERS
+    assert found.pop(("all-reduce", f"s8[{rows},1,56]")) == 1
     assert_small(found)
 
 
@@ -220,6 +256,25 @@ def test_head_layout(rng, heads, kv_heads, parts, padded, repeated):
             columns = np.asarray(moved).reshape(D, padded, H)
             zero = [place for place, head in enumerate(layout.queries) if head < 0]
             assert not columns[:, zero].any()
+
+
+@pytest.mark.parametrize("owner", ["q_proj", "k_proj", "o_proj", "up_proj"])
+def test_adapters_have_the_heads_of_a_mesh(rng, owner):
+    """A layer's output with its adapter's, heads moved: that with the heads of the adapter moved."""
+    layout = HeadLayout.fit(Qwen2Config.from_dict(CONFIG), 4)
+    layer = ("model", "layers_0", "self_attn", owner)
+    out, width = {"q_proj": (112, 56), "k_proj": (16, 56), "o_proj": (56, 112), "up_proj": (96, 56)}[owner]
+    shapes = {"A": (4, width), "B": (out, 4), "bias": (out,), "gain": (out,)}
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    adapter, x = Adapter(scaling=np.float32(0.5), **arrays), rng.normal(size=(2, 3, width)).astype(np.float32)
+
+    def run(adapter, x):
+        return adapter.gain * expand(adapter, x @ adapter.A.T)
+
+    source = layout.source((*layer, "weight"), (out, width))
+    into, onto = (source, None) if owner == "o_proj" else (None, source and layout.source((*layer, "bias"), (out,)))
+    x, want = (a if s is None else s.apply(jnp.asarray(a)) for a, s in ((x, into), (run(adapter, x), onto)))
+    close(run(with_heads(layout, layer, adapter), x), want, relative=1e-6)
 
 
 def test_parts_of_a_checkpoint(rng, tmp_path):

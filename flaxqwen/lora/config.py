@@ -74,6 +74,8 @@ class LoraConfig:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; expected from 0 to 1")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is {self.bias!r}; expected 'none', 'all' or 'lora_only'")
+        if self.use_dora and self.lora_bias:
+            raise ValueError("lora_bias goes without use_dora, as in peft: leave out one of them")
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"init_lora_weights is {self.init_lora_weights!r}, which is not supported: expected true, false or "

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
+import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
 from flaxqwen.convert import CheckpointError
 from flaxqwen.convert.checkpoint import Checkpoint
+from flaxqwen.distributed import gather, is_main
 from flaxqwen.lora.config import CONFIG_FILE, LoraConfig
-from flaxqwen.lora.tree import Tree, adapter_shapes, param_shapes, to_name, to_path, to_tensors, to_tree
+from flaxqwen.lora.mesh import place
+from flaxqwen.lora.tree import Tree, adapter_shapes, param_shapes, to_name, to_path, to_tensors
+from flaxqwen.sharding import module_sharding
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
@@ -37,13 +40,14 @@ def read_adapter(folder: Path, module: nn.Module, params: Tree) -> tuple[LoraCon
     with Checkpoint(path) as checkpoint:
         tensors = {name.removeprefix(PREFIX): np.array(checkpoint.read(name)) for name in checkpoint.tensors}
     check_tensors(str(path), config, tensors, module, params)
-    return config, place(tensors)
+    return config, place_tensors(tensors, module)
 
 
-def place(tensors: Mapping[str, Any]) -> Tree:
-    """Tensors by name as a tree on the device, the low-rank ones in float32."""
+def place_tensors(tensors: Mapping[str, Any], module: nn.Module) -> Tree:
+    """Tensors by name as a tree on the module's devices, the low-rank ones in float32."""
     cast = {name: np.asarray(a, np.float32) if ".lora_" in f".{name}" else a for name, a in tensors.items()}
-    return to_tree(jax.device_put(cast))
+    leaves = {to_path(name): leaf for name, leaf in cast.items()}
+    return flax.traverse_util.unflatten_dict(place(module_sharding(module), leaves))
 
 
 def check_tensors(where: str, config: LoraConfig, tensors: Mapping[str, Any], module: nn.Module, params: Tree) -> None:
@@ -67,10 +71,12 @@ def check_tensors(where: str, config: LoraConfig, tensors: Mapping[str, Any], mo
 
 
 def write_adapter(folder: str | os.PathLike[str], config: LoraConfig, adapter: Tree) -> None:
-    """Write an adapter so that peft loads it."""
+    """Write an adapter so that peft loads it. Of several processes all take part, and the first one writes."""
     folder = Path(folder)
+    tensors = {PREFIX + name: gather(leaf) for name, leaf in to_tensors(adapter).items()}
+    if not is_main():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + name: np.asarray(jax.device_get(leaf)) for name, leaf in to_tensors(adapter).items()}
     written = folder / (WEIGHTS[0] + ".new")
     safetensors.numpy.save_file(tensors, written, metadata={"format": "pt"})
     written.replace(folder / WEIGHTS[0])

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from flaxqwen.lora.config import LoraConfig
+from flaxqwen.lora.mesh import BASE_LAYER
 from flaxqwen.lora.tree import (
-    BASE_LAYER,
     EMBEDDINGS,
     Path,
     Tree,
@@ -26,6 +26,8 @@ from flaxqwen.ops.lora import Adapter
 
 def merged_params(module: nn.Module, params: Tree, adapters: Sequence[tuple[LoraConfig, Tree]]) -> Tree:
     """Parameters of adapted_module(module, ..., merged=True) that give what the adapters do; others are shared.
+
+    On a mesh a merged weight lies as the weight did, with the same heads.
 
     Source: Linear.merge and Embedding.merge in peft/tuners/lora/layer.py.
 
@@ -46,7 +48,7 @@ def merged_params(module: nn.Module, params: Tree, adapters: Sequence[tuple[Lora
                     raise ValueError(f"{'.'.join(layer)} has no bias that lora_bias could be merged into")
                 bias = base_leaf(merged, layer)["bias"]
                 leaves[*layer, "bias"] = leaves.get((*layer, "bias"), bias) + adapter.scaling * adapter.bias
-        leaves[*layer, BASE_LAYER, "weight"] = dense.astype(weight.dtype)
+        leaves[*layer, BASE_LAYER, "weight"] = jax.device_put(dense.astype(weight.dtype), weight.sharding)
         merged = replace_params(merged, leaves)
     return merged
 

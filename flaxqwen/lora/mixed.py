@@ -13,7 +13,9 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from flaxqwen.layout import HeadLayout
 from flaxqwen.lora.config import LoraConfig
+from flaxqwen.lora.mesh import with_heads
 from flaxqwen.lora.tree import Path, Tree, layer_adapter, layer_paths, overrides
 from flaxqwen.ops.lora import Adapter
 
@@ -21,12 +23,15 @@ BASE = "__base__"  # peft's name for rows without an adapter
 SMALLEST_SLOTS, SMALLEST_RANK = 4, 8
 
 
-def mix_adapters(adapters: Mapping[str, tuple[LoraConfig, Tree]], names: Sequence[str]) -> Tree:
+def mix_adapters(
+    adapters: Mapping[str, tuple[LoraConfig, Tree]], names: Sequence[str], heads: HeadLayout | None = None
+) -> Tree:
     """The collection "lora" of a batch.
 
     Args:
       adapters: all that are loaded, so that any choice of them is the same program.
       names: of each row; "__base__" for none.
+      heads: of the model on its mesh, if it has one.
 
     Raises:
       ValueError: an unknown name; an adapter that has more than A and B.
@@ -43,6 +48,8 @@ def mix_adapters(adapters: Mapping[str, tuple[LoraConfig, Tree]], names: Sequenc
                 continue
             raise ValueError(f"adapter {name!r} has DoRA, biases or modules_to_save: adapter_names takes A and B alone")
         found = {path: layer_adapter(config, {}, tree, path) for path in layer_paths(tree)}
+        if heads is not None:
+            found = {path: with_heads(heads, path, adapter) for path, adapter in found.items()}
         parts.append(jax.device_get(found))
     slots = _round_up(len(parts), SMALLEST_SLOTS)
     rank = _round_up(max((a.B.shape[-1] for part in parts for a in part.values()), default=1), SMALLEST_RANK)

@@ -21,13 +21,14 @@ import numpy as np
 from flaxqwen.convert.names import to_name, to_path
 from flaxqwen.convert.quantize import SCALE
 from flaxqwen.lora.config import LoraConfig
+from flaxqwen.lora.mesh import BASE_LAYER, lay_adapter, lay_parameter, place, replaced, stored_parameter
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 from flaxqwen.ops.lora import Adapter
+from flaxqwen.sharding import Sharding, module_sharding
 
 Tree = dict[str, Any]
 Path = tuple[str, ...]
 EMBEDDINGS = ("embed_tokens", "embed_positions")
-BASE_LAYER = "base_layer"  # in peft's names, between an adapted module and its own parameters
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def param_shapes(module: nn.Module, params: Tree) -> dict[Path, tuple[int, ...]]:
-    """The shapes of a module's parameters as if nothing was quantized, a tied head's included."""
+    """The shapes of a module's parameters in the checkpoint, as if nothing was quantized; a tied head's included."""
     flat = flatten(params)
     if any(path[-1] == SCALE for path in flat):
         flat = flatten(jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"])
     shapes = {path: leaf.shape for path, leaf in flat.items()}
+    if (sharding := module_sharding(module)) is not None:
+        shapes = sharding.stored_shapes(shapes)
     if is_tied(module):
         shapes["lm_head", "weight"] = shapes["model", "embed_tokens", "weight"]
     return shapes
@@ -112,13 +115,13 @@ def adapter_shapes(
 def init_adapter(module: nn.Module, params: Tree, config: LoraConfig, seed: int = 0) -> Tree:
     """A new adapter, drawn as peft draws it, float32: the model's output with it is what it was without.
 
-    Tensors that belong to the base (modules_to_save, biases) are the base's own arrays.
+    Tensors that belong to the base (modules_to_save, biases) are the base's own arrays, as the checkpoint has them.
 
     Raises:
       ValueError: config names no layer of the model; DoRA over a quantized weight.
     """
-    shapes = param_shapes(module, params)
-    needed, optional = adapter_shapes(config, shapes)
+    sharding = module_sharding(module)
+    needed, optional = adapter_shapes(config, param_shapes(module, params))
     trained = {path: shape for path, shape in optional.items() if path[-1] == "bias"}
     key = jax.random.key(seed)
     leaves: dict[Path, Any] = {}
@@ -126,12 +129,12 @@ def init_adapter(module: nn.Module, params: Tree, config: LoraConfig, seed: int 
         kind = next((part for part in path if part.startswith("lora_")), None)
         own_key = jax.random.fold_in(key, zlib.crc32(to_name(path).encode()))
         if kind is None:
-            leaves[path] = base_leaf(params, path)
+            leaves[path] = stored_parameter(sharding, path, base_leaf(params, path))
         elif kind == "lora_magnitude_vector":
-            leaves[path] = jnp.linalg.norm(dense_weight(params, path[:-1]), axis=1)
+            leaves[path] = jnp.linalg.norm(dense_weight(params, path[:-1], sharding), axis=1)
         else:
             leaves[path] = _draw(own_key, kind, path[-1], shape, config)
-    return flax.traverse_util.unflatten_dict(leaves)
+    return flax.traverse_util.unflatten_dict(place(sharding, leaves))
 
 
 def _draw(key: jax.Array, kind: str, leaf: str, shape: tuple[int, ...], config: LoraConfig) -> jax.Array:
@@ -158,17 +161,18 @@ def base_leaf(params: Tree, path: Path) -> Any:
     return node
 
 
-def dense_weight(params: Tree, layer: Path) -> jax.Array:
-    """The float32 weight of a layer; ValueError where it is quantized."""
+def dense_weight(params: Tree, layer: Path, sharding: Sharding | None = None) -> jax.Array:
+    """The float32 weight of a layer, with a sharding as the checkpoint has it; ValueError where it is quantized."""
     owner = base_leaf(params, layer)
     if SCALE in owner:
         raise ValueError(f"{to_name(layer)} is quantized: DoRA and merging need the weights themselves, load without")
-    return jnp.asarray(owner["weight"]).astype(jnp.float32)
+    weight = stored_parameter(sharding, (*layer, "weight"), jnp.asarray(owner["weight"]))
+    return weight.astype(jnp.float32)
 
 
 def overrides(adapter: Tree) -> dict[Path, Any]:
     """The tensors of an adapter that stand in for parameters, by their path in the adapter."""
-    return {path: leaf for path, leaf in flatten(adapter).items() if not any(part[:5] == "lora_" for part in path)}
+    return {path: leaf for path, leaf in flatten(adapter).items() if replaced(path) is not None}
 
 
 def adapted_module(module: nn.Module, adapters: Sequence[Tree], merged: bool = False) -> nn.Module:
@@ -207,10 +211,14 @@ def make_variables(
     if adapted_module(module, [tree for _, tree in adapters], merged) is not module:
         params = params | {"lm_head": params["model"]["embed_tokens"]}
     layers: dict[Path, tuple[Adapter, ...]] = {}
+    sharding = module_sharding(module)
     for config, tree in adapters:
-        params = replace_params(params, overrides(tree))
+        own = {path: lay_parameter(sharding, path, leaf) for path, leaf in overrides(tree).items()}
+        params = replace_params(params, own)
         for path in layer_paths(tree):
-            adapter = layer_adapter(config, params, tree, path, dropout)
+            adapter = layer_adapter(config, params, tree, path, dropout, sharding)
+            if path[-1] not in EMBEDDINGS:
+                adapter = lay_adapter(sharding, path, adapter)
             layers[*path, "adapters"] = (*layers.get((*path, "adapters"), ()), adapter)
     return {"params": params, "lora": flax.traverse_util.unflatten_dict(layers)}
 
@@ -224,8 +232,15 @@ def layer_paths(adapter: Tree) -> Iterator[Path]:
             yield path[:-2]
 
 
-def layer_adapter(config: LoraConfig, params: Tree, adapter: Tree, path: Path, dropout: bool = False) -> Adapter:
-    """An adapter's part in one layer."""
+def layer_adapter(
+    config: LoraConfig,
+    params: Tree,
+    adapter: Tree,
+    path: Path,
+    dropout: bool = False,
+    sharding: Sharding | None = None,
+) -> Adapter:
+    """An adapter's part in one layer, as the checkpoint has it; sharding: that the parameters lie by."""
     own: Any = adapter
     for part in path:
         own = own[part]
@@ -235,7 +250,7 @@ def layer_adapter(config: LoraConfig, params: Tree, adapter: Tree, path: Path, d
     A, B = own["lora_A"]["weight"], own["lora_B"]["weight"]
     gain = None
     if "lora_magnitude_vector" in own:
-        gain = _gain(own["lora_magnitude_vector"], dense_weight(params, path), A, B, scaling)
+        gain = _gain(own["lora_magnitude_vector"], dense_weight(params, path, sharding), A, B, scaling)
     rate = np.float32(config.lora_dropout) if dropout and config.lora_dropout else None
     if gain is not None and rate is not None:
         raise ValueError("lora_dropout in training with use_dora is not supported: set it to 0")
@@ -252,8 +267,7 @@ def _gain(magnitude: jax.Array, weight: jax.Array, A: jax.Array, B: jax.Array, s
 def replace_params(params: Tree, leaves: Mapping[Path, Any]) -> Tree:
     """Parameters with some leaves replaced, cast to the dtype of what they replace."""
     for path, leaf in leaves.items():
-        path = tuple(part for part in path if part != BASE_LAYER)
-        params = _replaced(params, path, leaf)
+        params = _replaced(params, tuple(part for part in path if part != BASE_LAYER), leaf)
     return params
 
 

@@ -53,10 +53,11 @@ def _contract_digits_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
         digits.append(digit.astype(jnp.int8))
         steps.append(step)
         step = step / 254
-    dims = (((1,), (1,)), ((), ()))
-    products = jax.lax.dot_general(jnp.concatenate(digits), values, dims, preferred_element_type=jnp.int32)
-    parts = products.astype(jnp.float32) * jnp.concatenate(steps)
-    return parts.reshape(DIGITS, -1, parts.shape[-1]).sum(axis=0).reshape(*x.shape[:-1], -1)
+    # The digits have an axis of their own: among the rows, they would bring rows that a mesh has cut to each device.
+    dims = (((2,), (1,)), ((), ()))
+    products = jax.lax.dot_general(jnp.stack(digits), values, dims, preferred_element_type=jnp.int32)
+    parts = products.astype(jnp.float32) * jnp.stack(steps)
+    return parts.sum(axis=0).reshape(*x.shape[:-1], -1)
 
 
 def _contract_int4(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:

@@ -375,6 +375,13 @@ def test_bad_adapters_are_refused(untied, tmp_path):
         model.load_adapter(tmp_path / "other")
 
 
+def test_what_peft_does_not_combine_is_refused():
+    with pytest.raises(ValueError, match="lora_bias goes without use_dora"):
+        LoraConfig(use_dora=True, lora_bias=True)
+    with pytest.raises(ValueError, match="lora_bias"):
+        peft.LoraConfig(use_dora=True, lora_bias=True)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
