@@ -60,7 +60,7 @@ def compile_training(
     sharding = module_sharding(base)
     assert sharding is not None
     params = jax.eval_shape(base.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    trainable: Variables = {"params": params}
+    trainable: Variables = {"params": jax.eval_shape(sharding.undo_heads, params)}
     frozen: Variables = {}
     more: dict[str, Any] = {}
     if lora is not None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from flaxqwen.models.losses import IGNORE_INDEX
@@ -100,23 +99,19 @@ def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
 class Batches:
     """Batches of rows by the number of the step: the order follows from the seed alone, so there is no place to save.
 
-    Every epoch has an order of its own. Each process has its share of the rows of a batch.
+    Every epoch has an order of its own.
     """
 
     def __init__(self, rows: dict[str, np.ndarray], batch_size: int, accumulate: int, seed: int) -> None:
-        """rows: of pack. A step takes batch_size x accumulate of them, from all processes together.
+        """rows: of pack. A step takes batch_size x accumulate of them.
 
         Raises:
           ImportError: grain is not installed.
-          ValueError: a batch that the processes cannot share.
         """
         grain = import_extra("grain")
-        processes = jax.process_count()
-        if batch_size % processes:
-            raise ValueError(f"a batch of {batch_size} rows does not divide among {processes} processes")
         self._rows, self._accumulate = rows, accumulate
         order = grain.MapDataset.range(len(rows["input_ids"])).seed(seed).shuffle().repeat()
-        self._order = order[jax.process_index() :: processes].batch(batch_size // processes * accumulate)
+        self._order = order.batch(batch_size * accumulate)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step: each array [batch, length], or [accumulate, batch, length]."""

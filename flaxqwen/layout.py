@@ -38,6 +38,11 @@ class Source:
         axis = len(shape) + self.axis
         return (*shape[:axis], len(self.blocks) * self.size, *shape[axis + 1 :])
 
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the checkpoint of an array that has `shape` on the mesh."""
+        axis = len(shape) + self.axis
+        return (*shape[:axis], (max(self.blocks) + 1) * self.size, *shape[axis + 1 :])
+
     def apply(self, array: jax.Array) -> jax.Array:
         """The array on the mesh, from the checkpoint's. Its gradient sums over the copies of a block."""
         axis, places = array.ndim + self.axis, np.asarray(self.blocks)
@@ -50,7 +55,7 @@ class Source:
         axis = array.ndim + self.axis
         first = np.asarray([self.blocks.index(block) for block in range(max(self.blocks) + 1)])
         taken = jnp.take(self._split(array, axis), first, axis=axis)
-        return taken.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
+        return taken.reshape(self.stored_shape(array.shape))
 
     def _split(self, array: jax.Array, axis: int) -> jax.Array:
         """[..., blocks * size, ...] -> [..., blocks, size, ...]."""

@@ -174,8 +174,8 @@ class Model(AdapterMethods):
 
         Raises:
           FileExistsError: the folder holds weights of the other framework, which would be stale.
-          ValueError: adapters are loaded; an unknown `to`, or no size; quantized weights for PyTorch; several
-            processes, but for orbax.
+          ValueError: adapters are loaded; an unknown `to`, or no size; quantized weights for PyTorch or orbax;
+            several processes, but for orbax.
           OSError: a file cannot be written. Nothing is left of weights that are not whole.
         """
         if self.adapters.loaded:
@@ -188,6 +188,8 @@ class Model(AdapterMethods):
                 "PyTorch's Transformers does not read our quantized weights: save them with to='flax', and bring them "
                 "back to floating point by `flaxqwen convert SRC DST --to pytorch --dtype bfloat16`"
             )
+        if to == "orbax" and self.config.quantization_config is not None:
+            raise ValueError("orbax checkpoints are of plain weights: save quantized ones with to='flax'")
         config = dataclasses.replace(self.config, architectures=(type(self.module).__name__,), dtype=self.dtype.name)
         sharding = module_sharding(self.module)
         if to == "orbax":

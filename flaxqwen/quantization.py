@@ -24,7 +24,7 @@ from flaxqwen.convert.quantize import (
     scheme_of,
     to_config,
 )
-from flaxqwen.sharding import Sharding, shapes_of, undo
+from flaxqwen.sharding import Sharding, shapes_of
 
 
 def quantization_of(
@@ -64,7 +64,7 @@ def quantize_params(params: dict[str, Any], scheme: Scheme, sharding: Sharding |
         elif sharding is None:
             leaves[path], leaves[*path[:-1], SCALE] = quantize_weight(leaf, own)
         else:
-            leaves |= quantize_onto(sharding, path, undo(leaf, sharding.source(path, stored)), own)
+            leaves |= quantize_onto(sharding, path, sharding.undo(path, leaf, sharding.source(path, stored)), own)
     return flax.traverse_util.unflatten_dict(leaves)
 
 

@@ -182,7 +182,7 @@ class Sharding:
 
     def source(self, path: Path, stored: Mapping[Path, tuple[int, ...]]) -> Source | None:
         """What a parameter becomes here, given the shapes of all in the checkpoint; None: it stays as it is."""
-        if path[-1] == SCALE and stored[path][-1] > 1:
+        if path[-1] == SCALE:
             found = self._source_of_groups(path, stored[path][-1], stored[*path[:-1], "weight"])
             if found is not None:
                 return found
@@ -191,18 +191,19 @@ class Sharding:
     def _source_of_groups(self, path: Path, groups: int, values: tuple[int, ...]) -> Source | None:
         """Of int4's scales where input channels are cut: each is repeated until no two heads, or devices, share one."""
         logical = self.logical_axes(path)
-        if logical is None or logical[-1] == "embed":  # whole when it is used
+        if logical is None or logical[-1] in (None, "embed"):  # whole when it is used
             return None
         if path[-2] == "o_proj" and not self.heads.is_identity:
             parts, blocks = max(self.heads.queries) + 1, self.heads.queries
+            is_int8 = values[-1] == parts * self.heads.head_dim
         else:
             parts = values[-1] // self.of(logical, values).shard_shape(values)[-1]
-            blocks = tuple(range(parts))
-        scales = math.lcm(groups, parts) // parts  # of one of the parts
-        if parts * scales == groups and blocks == tuple(range(parts)):
+            blocks, is_int8 = tuple(range(parts)), groups == 1  # or int4's of a single group, which is as good
+        count = math.lcm(groups, parts)
+        if is_int8 or (count == groups and -1 not in blocks):
             return None
-        places = [block * scales + i if block >= 0 else -1 for block in blocks for i in range(scales)]
-        return Source(-1, tuple(place * groups // (parts * scales) for place in places), 1)
+        places = [(block, i) for block in blocks for i in range(count // parts)]
+        return Source(-1, tuple((b * (count // parts) + i) * groups // count if b >= 0 else -1 for b, i in places), 1)
 
     def logical_axes(self, path: Path) -> Axes | None:
         """Those of a parameter, by the first rule that fits; None: there is none."""
@@ -220,14 +221,33 @@ class Sharding:
 
     def lay(self, path: Path, leaf: jax.Array, source: Source | None) -> jax.Array:
         """A parameter as the checkpoint has it, laid on the mesh."""
-        laid = leaf if source is None else _apply(leaf, source=source)
-        return jax.device_put(laid, self.of_parameter(path, laid.shape))
+        if source is None:
+            return jax.device_put(leaf, self.of_parameter(path, leaf.shape))
+        place = self.of_parameter(path, source.laid_shape(leaf.shape))
+        return _move(leaf, source=source, place=place, is_back=False)
+
+    def undo(self, path: Path, leaf: jax.Array, source: Source | None) -> jax.Array:
+        """A parameter as the checkpoint has it, cut as its axes allow; the inverse of `lay`."""
+        if source is None:
+            return leaf
+        place = self.of_parameter(path, source.stored_shape(leaf.shape))
+        return _move(leaf, source=source, place=place, is_back=True)
 
     def undo_heads(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters as the checkpoint has them."""
         stored = self.stored_shapes(shapes_of(params))
+        return _map_params(lambda path, leaf: self.undo(path, leaf, self.source(path, stored)), params)
 
-        return _map_params(lambda path, leaf: undo(leaf, self.source(path, stored)), params)
+    def check_stored(self, params: Mapping[str, Any]) -> None:
+        """ValueError for (unquantized) parameters that have other heads than the checkpoint's."""
+        for path, shape in shapes_of(params).items():
+            if (found := self.heads.heads_of(path)) is not None:
+                size = (max(found[1]) + 1) * self.heads.head_dim
+                if shape[found[0]] != size:
+                    raise ValueError(
+                        f"{to_name(path)} is {list(shape)}, the checkpoint's has {size} in that place: heads are "
+                        "padded or repeated on this mesh; give sharding.undo_heads(params)"
+                    )
 
     def apply_heads(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters as the checkpoint has them, laid on the mesh; the inverse of undo_heads."""
@@ -235,19 +255,11 @@ class Sharding:
         return _map_params(lambda path, leaf: self.lay(path, leaf, self.source(path, stored)), params)
 
 
-def undo(leaf: jax.Array, source: Source | None) -> jax.Array:
-    """A parameter as the checkpoint has it; the inverse of Sharding.lay."""
-    return leaf if source is None else _undo(leaf, source=source)
-
-
-@partial(jax.jit, static_argnames="source")
-def _undo(leaf: jax.Array, *, source: Source) -> jax.Array:
-    return source.undo(leaf)
-
-
-@partial(jax.jit, static_argnames="source")
-def _apply(leaf: jax.Array, *, source: Source) -> jax.Array:
-    return source.apply(leaf)
+@partial(jax.jit, static_argnames=("source", "place", "is_back"))
+def _move(leaf: jax.Array, *, source: Source, place: NamedSharding, is_back: bool) -> jax.Array:
+    """A parameter by its source, or back. Each device has it whole for a moment: blocks lie across the axis's cuts."""
+    whole = jax.lax.with_sharding_constraint(leaf, NamedSharding(place.mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(source.undo(whole) if is_back else source.apply(whole), place)
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[Path, tuple[int, ...]]:

@@ -22,10 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+import optax
 
 from flaxqwen.adapters import DEFAULT_NAME
 from flaxqwen.dataset import Batches, import_extra
+from flaxqwen.distributed import agree, is_main
 from flaxqwen.lora import LoraConfig
 from flaxqwen.model import Model
 from flaxqwen.models.losses import IGNORE_INDEX
@@ -35,6 +36,7 @@ from flaxqwen.training import (
     TrainState,
     Variables,
     assemble_adapter,
+    assemble_params,
     make_eval_step,
     make_optimizer,
     make_schedule,
@@ -51,7 +53,7 @@ class TrainingOptions:
 
     steps: optimiser steps; None: as many as `epochs` take.
     epochs: how often each row is seen, where steps is None.
-    batch_size: rows of a micro-batch, of all processes together; accumulate: micro-batches of a step.
+    batch_size: rows of a micro-batch, of all devices together; accumulate: micro-batches of a step.
     learning_rate: the highest; warmup_steps from 0 to it, then a cosine to final_learning_rate.
     weight_decay, beta1, beta2, eps, max_grad_norm: see make_optimizer.
     lora: an adapter of this config is trained, in place of all parameters.
@@ -106,7 +108,7 @@ def train(
 
     Returns:
       (the trained model, in float32 what was trained; the steps that were taken): fewer than the run's after SIGTERM,
-      which ends it with a checkpoint.
+      which ends it with a checkpoint; of several processes, when the first one is at a step that is logged.
 
     Raises:
       FileExistsError: `out` has a run already, and resume is False.
@@ -127,18 +129,19 @@ def train(
     model = parts.model
     module = model.module.clone(dtype=jnp.dtype(options.dtype))
     train_step = make_train_step(module, optimizer, remat=options.remat, assemble=parts.assemble)
-    step = jax.jit(train_step, donate_argnums=0)
     evaluate = Evaluation(model.module, held_out, options.batch_size)
     with _Run(out, options, resume) as run, _terminated() as is_terminated:
-        # A copy: the step donates what it is given, and the model stays the caller's.
-        state = run.restore(TrainState.create(jax.tree.map(jnp.copy, parts.trainable), optimizer))
-        taken = int(state.step)
+        state = run.restore(_first_state(parts, optimizer))
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
+        taken, ended = int(state.step), False
         clock = _Clock(taken)
-        while taken < steps and not is_terminated():
+        while taken < steps and not ended:
             state, metrics = step(state, place(batches[taken], model), parts.frozen)
             taken += 1
             is_last = taken == steps
-            if taken % options.log_every == 0 or is_last:
+            is_logged = taken % options.log_every == 0 or is_last
+            if is_logged:
                 tokens = rows["input_ids"].shape[1] * options.batch_size * options.accumulate
                 record = {"step": taken, **{name: float(value) for name, value in metrics.items()}}
                 record |= {"learning_rate": float(schedule(taken - 1)), "tokens_per_second": clock.rate(taken, tokens)}
@@ -148,6 +151,8 @@ def train(
                 report(record, steps)
             if taken % options.save_every == 0 or is_last:
                 run.save(taken, state)
+            if is_logged or jax.process_count() == 1:
+                ended = bool(agree(is_terminated()))  # several processes end together, as the first one says
         run.save(taken, state)
     return parts.trained(state.trainable), taken
 
@@ -168,12 +173,15 @@ class _Parts:
 
 
 def _whole(model: Model) -> _Parts:
-    """All parameters are trained."""
+    """All parameters are trained, on a mesh as the checkpoint has them."""
+    sharding = module_sharding(model.module)
+    params = model.params if sharding is None else sharding.undo_heads(model.params)
 
     def trained(trainable: Variables) -> Model:
-        return dataclasses.replace(model, params=trainable["params"])
+        params = trainable["params"]
+        return dataclasses.replace(model, params=params if sharding is None else sharding.apply_heads(params))
 
-    return _Parts(model, {"params": model.params}, {}, lambda trainable, frozen: trainable, trained)
+    return _Parts(model, {"params": params}, {}, assemble_params(model.module), trained)
 
 
 def _adapter(base: Model, config: LoraConfig, seed: int) -> _Parts:
@@ -188,16 +196,24 @@ def _adapter(base: Model, config: LoraConfig, seed: int) -> _Parts:
     return _Parts(model, {"adapter": adapter}, {"params": base.params}, assemble, trained)
 
 
+def _first_state(parts: _Parts, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, of copies: the step donates what it is given, and the model stays as it is."""
+    state = TrainState.create(jax.tree.map(jnp.copy, parts.trainable), optimizer)
+    if (sharding := module_sharding(parts.model.module)) is None:
+        return state
+    # Counters are made on one device of this process.
+    return jax.tree.map(lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, sharding.of((), ())), state)
+
+
 def place(batch: Rows, model: Model) -> dict[str, jax.Array]:
-    """This process's rows as arrays of the whole batch, cut along the batch axis of the model's mesh, if it has one."""
+    """A batch, which every process gives whole, on the model's devices: cut along the batch axis of its mesh."""
     sharding = module_sharding(model.module)
     if sharding is None:
         return {name: jnp.asarray(values) for name, values in batch.items()}
 
     def put(values: np.ndarray) -> jax.Array:
-        shape = (*values.shape[:-2], values.shape[-2] * jax.process_count(), values.shape[-1])
-        spec = PartitionSpec(*(None,) * (values.ndim - 2), *sharding.spec(("batch", None), shape[-2:]))
-        return jax.make_array_from_process_local_data(NamedSharding(sharding.mesh, spec), values, shape)
+        where = sharding.of((*(None,) * (values.ndim - 2), "batch", None), values.shape)
+        return jax.make_array_from_callback(values.shape, where, values.__getitem__)
 
     return {name: put(values) for name, values in batch.items()}
 
@@ -248,8 +264,10 @@ class _Run:
                 raise FileExistsError(f"{out} has a run already: --resume goes on with it, or choose another folder")
             if settings.read_text() != wanted:
                 raise ValueError(f"{settings} has other options: a run is resumed with those it began with")
-        out.mkdir(parents=True, exist_ok=True)
-        settings.write_text(wanted)
+        agree(0)  # all processes have looked
+        if is_main():
+            out.mkdir(parents=True, exist_ok=True)
+            settings.write_text(wanted)
         # Synchronous: the next step overwrites the state, which is donated.
         how = self._orbax.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = self._orbax.CheckpointManager((out / "checkpoints").absolute(), options=how)
@@ -266,7 +284,7 @@ class _Run:
         if last is not None:
             like = jax.tree.map(self._orbax.utils.to_shape_dtype_struct, state)
             state = self._manager.restore(last, args=self._orbax.args.StandardRestore(like))
-        if self._metrics.is_file():  # lines after the checkpoint will be written again
+        if is_main() and self._metrics.is_file():  # lines after the checkpoint will be written again
             lines = self._metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line)["step"] <= (last or 0)]
             self._metrics.write_text("".join(kept))
@@ -277,7 +295,7 @@ class _Run:
             self._manager.save(step, args=self._orbax.args.StandardSave(state))
 
     def log(self, record: Record) -> None:
-        if jax.process_index() == 0:
+        if is_main():
             with self._metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
 

@@ -5,8 +5,9 @@
     step = jax.jit(make_train_step(model.module, optimizer), donate_argnums=0)
     state, metrics = step(state, batch)
 
-On a mesh the arrays say where they lie, and the module's own constraints do the rest. The dtype of the arithmetic is
-the module's: `module.clone(dtype=jnp.bfloat16)` computes in bfloat16 with float32 weights.
+On a mesh the arrays say where they lie, and the module's own constraints do the rest; where heads are padded or
+repeated, the checkpoint's parameters are trained (assemble_params). The dtype of the arithmetic is the module's:
+`module.clone(dtype=jnp.bfloat16)` computes in bfloat16 with float32 weights.
 
 Axes: A accumulated micro-batches, B batch, T tokens, D model, V vocabulary, L layers.
 """
@@ -109,7 +110,7 @@ def make_train_step(
     *,
     remat: Remat = "none",
     loss_chunk: int = LOSS_CHUNK,
-    assemble: Callable[[Variables, Variables], Variables] = lambda trainable, frozen: {**frozen, **trainable},
+    assemble: Callable[[Variables, Variables], Variables] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A pure step of training, to be jitted with the state donated.
 
@@ -117,8 +118,8 @@ def make_train_step(
       module: its dtype is that of the arithmetic. With layers stacked by stack_layers they run in a scan.
       remat: what is kept of each layer: all ("none"), the products with weights ("dots"), or its input ("full").
       loss_chunk: tokens whose logits are in memory at a time.
-      assemble: from what is trained and what is frozen to what the module is applied to. Default: all collections of
-        both; for an adapter, assemble_adapter(...).
+      assemble: from what is trained and what is frozen to what the module is applied to. Default: assemble_params(...);
+        for an adapter, assemble_adapter(...).
 
     Returns:
       step(state, batch, frozen={}) -> (state, metrics). The batch has input_ids and labels, and may have segment_ids,
@@ -127,15 +128,13 @@ def make_train_step(
       is what is not trained. Metrics: loss in nats, grad_norm before clipping, items (the labels).
 
     Raises:
-      ValueError: not supported in training: other modules, attention dropout, a mesh on which heads are padded or
-        repeated.
+      ValueError: not supported in training: other modules, attention dropout.
     """
     if not isinstance(module, Qwen2ForCausalLM):
         raise ValueError(f"training is for Qwen2ForCausalLM; found {type(module).__name__}")
     if module.config.attention_dropout:
         raise ValueError(f"attention_dropout is {module.config.attention_dropout}; training supports 0 alone")
-    if module.sharding is not None and not module.sharding.heads.is_identity:
-        raise ValueError("training needs a tensor axis that divides the key/value heads: copies of them would diverge")
+    assemble = assemble_params(module) if assemble is None else assemble
 
     def step(state: TrainState, batch: Batch, frozen: Variables | None = None) -> tuple[TrainState, Metrics]:
         items = count_items(batch)
@@ -151,6 +150,26 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
+
+
+def assemble_params(module: nn.Module) -> Callable[[Variables, Variables], Variables]:
+    """For make_train_step: all collections of what is trained and of what is frozen.
+
+    Where a mesh pads or repeats heads, what is trained are the checkpoint's parameters, `sharding.undo_heads(params)`:
+    each step makes the module's of them, so that the gradients of a head's copies add up, and copies stay alike.
+
+    Raises:
+      ValueError: when it is called: parameters that are not the checkpoint's.
+    """
+    sharding = module_sharding(module)
+
+    def assemble(trainable: Variables, frozen: Variables) -> Variables:
+        if sharding is None or sharding.heads.is_identity or "params" not in trainable:
+            return {**frozen, **trainable}
+        sharding.check_stored(trainable["params"])
+        return {**frozen, **trainable, "params": sharding.apply_heads(trainable["params"])}
+
+    return assemble
 
 
 def assemble_adapter(base: nn.Module, config: LoraConfig) -> Callable[[Variables, Variables], Variables]:

@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 # The programs are tiny: compiling them is nearly all of the time.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
+import flax.traverse_util
 import jax
 import numpy as np
+import optax
 
 from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LoraConfig, loading, make_mesh
 from flaxqwen.convert import open_checkpoint
+from flaxqwen.convert.names import to_name
 from flaxqwen.generation import loop
 from flaxqwen.sharding import shapes_of
+from flaxqwen.training import TrainState, make_train_step
 
 MESHES = {"8x1": (8, 1, 1), "1x8": (1, 1, 8), "2x4": (2, 1, 4), "4x2": (4, 1, 2), "fsdp": (1, 4, 2)}
 # Where beams, sampling and what users see of heads run too: heads are padded and repeated, and rows cut, there.
 EVERYTHING = ("2x4",)
+# Where all parameters are trained: heads are padded and repeated, and weights cut.
+TRAINED = ("2x4",)
 # Where Qwen2-Audio runs: heads are padded, clips and weights are cut.
 HEARING = ("2x4", "fsdp")
 # Whose decoding programs are looked at.
@@ -57,13 +65,18 @@ def main(folder: Path) -> None:
         found = {**run(model, inputs), **kinds}
         results |= {f"{kind}/{name}": value for kind, value in found.items()}
         if name in DECODING:
-            programs[f"hlo/{name}"] = decode_program(model, inputs)
+            with watched() as texts:
+                model.generate(inputs["ids"], max_new_tokens=2, do_sample=False)
+            programs[f"hlo/{name}"] = texts[0]
     for scheme, meshes in QUANTIZED.items():
         for name in ("one", *meshes):
             found = quantized(folder, scheme, name, inputs)
             results |= {f"{kind}/{scheme}/{name}": value for kind, value in found.items()}
     for name in ("one", *ADAPTED):
         found = adapted(folder, name, inputs)
+        results |= {f"{kind}/{name}": value for kind, value in found.items()}
+    for name in ("one", *TRAINED):
+        found = trained(folder, name, inputs)
         results |= {f"{kind}/{name}": value for kind, value in found.items()}
     for name in ("one", *HEARING):
         found = hear(folder / "audio", None if name == "one" else make_mesh(*MESHES[name]))
@@ -72,14 +85,18 @@ def main(folder: Path) -> None:
 
 
 def quantized(folder: Path, scheme: Any, name: str, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-    """forward and greedy decoding, and on a mesh what is saved, loaded and read of the files."""
+    """forward; greedy decoding and its program, and on a mesh what is saved, loaded and read of the files."""
     mesh = None if name == "one" else make_mesh(*MESHES[name])
     model = AutoModelForCausalLM.from_pretrained(folder, quantize=scheme, mesh=mesh)
     prompts = {"input_ids": inputs["ids"], "attention_mask": inputs["mask"]}
-    found = {
-        "logits": np.asarray(model(**prompts).logits),
-        "greedy": model.generate(**prompts, max_new_tokens=NEW, do_sample=False),
-    }
+    found: dict[str, Any] = {"logits": np.asarray(model(**prompts).logits)}
+    greedy = {"max_new_tokens": NEW, "do_sample": False}
+    if mesh is None:
+        found["greedy"] = model.generate(**prompts, **greedy)
+    elif name in DECODING:
+        with watched() as programs:
+            found["greedy"] = model.generate(**prompts, **greedy)
+        found["hlo"] = programs[0]
     model.save_pretrained(folder / scheme / name)
     drawn = AutoModelForCausalLM.from_config(model.config, seed=3, mesh=mesh)
     drawn.save_pretrained(folder / scheme / f"drawn-{name}")
@@ -92,10 +109,7 @@ def quantized(folder: Path, scheme: Any, name: str, inputs: dict[str, np.ndarray
         shapes = model.module.sharding.stored_shapes(shapes_of(model.params))
         reader.load(checkpoint.quantized(scheme), shapes)
         nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    found |= {"same": np.asarray(jax.tree.all(same)), "read": np.asarray(reader.counter.nbytes / nbytes)}
-    if name in DECODING:
-        found["hlo"] = decode_program(model, inputs)
-    return found
+    return found | {"same": np.asarray(jax.tree.all(same)), "read": np.asarray(reader.counter.nbytes / nbytes)}
 
 
 def adapted(folder: Path, name: str, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -113,8 +127,29 @@ def adapted(folder: Path, name: str, inputs: dict[str, np.ndarray]) -> dict[str,
             found[kind] = np.asarray(loaded(**prompts).logits)
             found[f"merged-{kind}"] = np.asarray(loaded.merge_adapter()(**prompts).logits)
     names = ["plain", "__base__", "small", "small", "plain", "plain", "__base__", "small"]
-    mixed = together.generate(**prompts, adapter_names=names, max_new_tokens=NEW, do_sample=False)
-    return found | {"mixed": mixed}
+    return found | {"mixed": np.asarray(together(**prompts, adapter_names=names).logits)}
+
+
+def trained(folder: Path, name: str, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Steps of training with momentum: losses, the gradients of the first, and the parameters after the last."""
+    mesh = None if name == "one" else make_mesh(*MESHES[name])
+    model = AutoModelForCausalLM.from_pretrained(folder, mesh=mesh)
+    params = model.params if mesh is None else model.module.sharding.undo_heads(model.params)
+    optimizer = optax.chain(optax.trace(0.9), optax.scale(-0.05))
+    state = TrainState.create({"params": params}, optimizer)
+    step = jax.jit(make_train_step(model.module, optimizer))
+    losses, found = [], {}
+    for _ in range(4):
+        state, metrics = step(state, {"input_ids": inputs["ids"], "labels": inputs["ids"]})
+        losses.append(float(metrics["loss"]))
+        if len(losses) == 1:
+            found |= flattened("gradient", state.opt_state[0].trace["params"])
+    return found | flattened("trained", state.trainable["params"]) | {"losses": np.asarray(losses)}
+
+
+def flattened(kind: str, tree: Any) -> dict[str, Any]:
+    """Each leaf of a tree of parameters, by its tensor's name behind `kind`."""
+    return {f"{kind}/{to_name(path)}": np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
 
 
 def hear(folder: Path, mesh: Any) -> dict[str, np.ndarray]:
@@ -163,21 +198,22 @@ def run_everything(model: Any, inputs: dict[str, np.ndarray], folder: Path) -> d
     }
 
 
-def decode_program(model: Any, inputs: dict[str, np.ndarray]) -> str:
-    """The compiled decoding program of greedy generate(), as optimised HLO."""
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """Decoding programs that generate() of a model on a mesh compiles within, as optimised HLO."""
     texts: list[str] = []
     decode = loop.decode
 
-    def spy(*arguments: Any, **static: Any) -> Any:
-        texts.append(decode.lower(*arguments, **static).compile().as_text())
-        return decode(*arguments, **static)
+    def compile_and_run(module: Any, *arguments: Any, **static: Any) -> Any:
+        compiled = decode.lower(module, *arguments, **static).compile()
+        texts.append(compiled.as_text())
+        return compiled(*arguments)
 
-    loop.decode = spy
+    loop.decode = compile_and_run
     try:
-        model.generate(inputs["ids"], max_new_tokens=2, do_sample=False)
+        yield texts
     finally:
         loop.decode = decode
-    return texts[0]
 
 
 COMPILED: list[str] = []

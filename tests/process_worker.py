@@ -1,7 +1,8 @@
-"""One of several processes: python -m tests.process_worker FOLDER command|death, with JAX's variables set.
+"""One of several processes: python -m tests.process_worker FOLDER command|batch|train|death, with JAX's variables set.
 
-`command` runs `flaxqwen generate --distributed`; `death` generates, and then the last process is killed while the
-others go on. What a process has read and made goes to FOLDER/PROCESSES-PROCESS.json.
+`command` runs `flaxqwen generate --distributed`, `batch` that; `train` trains all parameters, then an adapter; `death`
+generates, and then the last process is killed while the others go on. What a process has read and made goes to
+FOLDER/PROCESSES-PROCESS.json.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ import numpy as np
 
 from flaxqwen import AutoModelForCausalLM, loading, make_mesh
 from flaxqwen.cli import main
+from flaxqwen.cli.train import train_model
 from flaxqwen.distributed import agree, joined
 
 NEW = 6
+BATCH = ["--batch-size", "3", "--max-new-tokens", str(NEW), "--dtype", "float32"]
+LORA = "r=4,lora_alpha=16,target_modules=all-linear"
+OPTIONS = {"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "dtype": "float32", "log_every": 1}
+TRAIN: dict[str, Any] = {
+    "evaluate": None, "length": 32, "resume": False, "plot": False, "lora": None, "distributed": True,
+}  # fmt: skip
 PROMPT = [3, 1, 4, 1, 5]
 read = 0
 
@@ -52,6 +60,24 @@ def command(folder: Path) -> int:
     return code
 
 
+def batch(folder: Path) -> int:
+    """A batch job by the command line."""
+    code = main(["batch", str(folder), str(folder / "in.jsonl"), str(folder / "two.jsonl"), *BATCH, "--distributed"])
+    save(folder)
+    return code
+
+
+def train(folder: Path) -> int:
+    """Train all parameters where heads are padded and repeated, and an adapter where rows are cut."""
+    name, data = str(folder), folder / "data.jsonl"
+    with joined(True):
+        train_model(name, data, folder / "whole", **TRAIN, options=dict(OPTIONS), mesh="tensor=4")
+        save(folder)
+        adapter = {**TRAIN, "lora": LORA, "mesh": "fsdp=2,tensor=2"}
+        train_model(name, data, folder / "adapter", **adapter, options=dict(OPTIONS))
+    return 0
+
+
 def death(folder: Path) -> int:
     """Generate, then go on until another process is gone."""
     with joined(True):
@@ -69,4 +95,4 @@ def death(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit({"command": command, "death": death}[sys.argv[2]](Path(sys.argv[1])))
+    sys.exit({"command": command, "batch": batch, "train": train, "death": death}[sys.argv[2]](Path(sys.argv[1])))

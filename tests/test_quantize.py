@@ -166,6 +166,8 @@ def test_saving_keeps_every_byte(stored: tuple[str, Path], tmp_path: Path):
     assert (tmp_path / "again" / "flax_model.safetensors").read_bytes() == same
     with pytest.raises(ValueError, match="does not read our quantized weights"):
         model.save_pretrained(tmp_path / "torch", to="pytorch")
+    with pytest.raises(ValueError, match="orbax checkpoints are of plain weights"):
+        model.save_pretrained(tmp_path / "orbax", to="orbax")
     with pytest.raises(ValueError, match="quantized already, to int"):
         AutoModelForCausalLM.from_pretrained(folder, quantize="int8")
 

@@ -435,40 +435,48 @@ def _train(
     lora: Annotated[
         str | None, typer.Option(metavar="FIELDS", help="Train an adapter alone: r=16,lora_alpha=32,... as peft's.")
     ] = None,
+    mesh: MeshSizes = None,
+    distributed: Distributed = False,
 ) -> None:
     """Train a model on chats or texts.
 
     A line of DATA is {"messages": [{"role": "user", "content": "..."}, ...]}, whose loss is on the assistant's messages
     alone, or {"text": "..."}. Examples are packed into rows, where none sees another. SIGTERM saves and stops.
-    DIR has the model in PyTorch's format at the end, or the adapter in peft's (--lora), and metrics.jsonl.
+    DIR has the model in PyTorch's format at the end, or the adapter in peft's (--lora), and metrics.jsonl; of several
+    processes (--distributed), the model as an orbax checkpoint, of which each writes its part.
     """
     from flaxqwen.cli.train import train_model
+    from flaxqwen.distributed import joined
 
-    train_model(
-        model,
-        data,
-        out,
-        evaluate=evaluate,
-        length=length,
-        resume=resume,
-        plot=plot,
-        lora=lora,
-        options={
-            "steps": steps,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "accumulate": accumulate,
-            "learning_rate": learning_rate,
-            "final_learning_rate": final_learning_rate,
-            "warmup_steps": warmup_steps,
-            "weight_decay": weight_decay,
-            "beta2": beta2,
-            "max_grad_norm": max_grad_norm,
-            "dtype": dtype,
-            "remat": remat,
-            "seed": seed,
-            "save_every": save_every,
-            "eval_every": eval_every,
-            "log_every": log_every,
-        },
-    )
+    options = {
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "learning_rate": learning_rate,
+        "final_learning_rate": final_learning_rate,
+        "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay,
+        "beta2": beta2,
+        "max_grad_norm": max_grad_norm,
+        "dtype": dtype,
+        "remat": remat,
+        "seed": seed,
+        "save_every": save_every,
+        "eval_every": eval_every,
+        "log_every": log_every,
+    }
+    where: dict[str, Any] = {"mesh": mesh, "distributed": distributed}
+    with joined(distributed):
+        train_model(
+            model,
+            data,
+            out,
+            evaluate=evaluate,
+            length=length,
+            resume=resume,
+            plot=plot,
+            lora=lora,
+            options=options,
+            **where,
+        )

@@ -20,8 +20,10 @@ from flaxqwen.auto import AutoModelForCausalLM, parse_dtype
 from flaxqwen.cli.text import load_tokenizer, need_tokenizer
 from flaxqwen.config import config_from_file
 from flaxqwen.dataset import pack, read_examples
+from flaxqwen.distributed import is_main
 from flaxqwen.hub import resolve_folder
 from flaxqwen.lora import LoraConfig
+from flaxqwen.sharding import mesh_of
 from flaxqwen.trainer import Record, Rows, TrainingOptions, train
 
 TOKENIZER_FILES = (
@@ -33,15 +35,19 @@ DEFAULT_LENGTH = 1024
 
 def train_model(
     name: str, data: Path, out: Path, *, evaluate: Path | None, length: int | None, resume: bool, plot: bool,
-    lora: str | None, options: dict[str, Any],
+    lora: str | None, mesh: str | None, distributed: bool, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Train on a file of chats or texts, and write the model and its tokenizer, or the adapter, into `out`.
+
+    Several processes write the model as an orbax checkpoint, each its part.
 
     Args:
       evaluate: a file of the same form, for the loss on held-out data.
       length: tokens of a packed row; default: DEFAULT_LENGTH, or the model's context where that is shorter.
       plot: write out/loss.png.
       lora: fields of the adapter's config, as parse_lora takes them; None: all parameters are trained.
+      mesh: sizes such as "fsdp=4", of all devices. distributed: this is one of several processes, which all have the
+        same arguments and see the same files.
       options: of TrainingOptions; a dtype of "auto" is that of the model's config.
 
     Raises:
@@ -56,23 +62,27 @@ def train_model(
     rows = _rows(data, tokenizer, length)
     held_out = None if evaluate is None else _rows(evaluate, tokenizer, length)
     adapter = None if lora is None else parse_lora(lora, name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32" if adapter is None else dtype)
+    devices = mesh_of(mesh) if mesh or distributed else None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32" if adapter is None else dtype, mesh=devices)
     chosen = TrainingOptions(dtype=dtype, lora=adapter, **options)
     with _progress() as report:
         trained, taken = train(model, rows, out, chosen, held_out=held_out, resume=resume, report=report)
-    if plot:
+    if plot and is_main():
         plot_loss(out / "metrics.jsonl", out / "loss.png")
     steps = chosen.steps_for(len(rows["input_ids"]))
     if taken < steps:
-        print(f"{out}: stopped after {taken} of {steps} steps; --resume goes on", file=sys.stderr)
+        if is_main():
+            print(f"{out}: stopped after {taken} of {steps} steps; --resume goes on", file=sys.stderr)
         return
     if adapter is not None:
         trained.save_adapter(out)
-        print(out)
+    else:
+        params = jax.tree.map(lambda leaf: leaf.astype(own_dtype), trained.params)
+        to: Any = "pytorch" if jax.process_count() == 1 else "orbax"
+        dataclasses.replace(trained, params=params).save_pretrained(out, to=to)
+    if not is_main():
         return
-    params = jax.tree.map(lambda leaf: leaf.astype(own_dtype), trained.params)
-    dataclasses.replace(trained, params=params).save_pretrained(out, to="pytorch")
-    for file in TOKENIZER_FILES:
+    for file in TOKENIZER_FILES if adapter is None else ():
         if (folder / file).is_file():
             shutil.copyfile(folder / file, out / file)
     print(out)
@@ -141,6 +151,8 @@ def _rows(path: Path, tokenizer: Any, length: int) -> Rows:
     if not examples:
         raise ValueError(f"{path}: no examples")
     rows = pack(examples, length)
+    if not is_main():
+        return rows
     tokens, learned = (rows["segment_ids"] > 0).sum(), (rows["labels"] >= 0).sum()
     print(
         f"{path}: {len(examples):,} examples, {tokens:,} tokens ({learned:,} with a loss) in "
@@ -153,6 +165,9 @@ def _rows(path: Path, tokenizer: Any, length: int) -> Rows:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[Record, int], None]]:
     """Shows each record: in a bar on a terminal, in a line elsewhere."""
+    if not is_main():
+        yield lambda record, steps: None
+        return
     if not sys.stderr.isatty():
         yield lambda record, steps: print(_describe(record, steps), file=sys.stderr, flush=True)
         return

@@ -12,7 +12,7 @@ import jax
 
 from flaxqwen.layout import HeadLayout, Source
 from flaxqwen.ops.lora import Adapter
-from flaxqwen.sharding import Sharding, undo
+from flaxqwen.sharding import Sharding
 
 Path = tuple[str, ...]
 BASE_LAYER = "base_layer"  # in peft's names, between an adapted module and its own parameters
@@ -51,7 +51,7 @@ def stored_parameter(sharding: Sharding | None, path: Path, leaf: Any) -> Any:
     own = replaced(path)
     if sharding is None or own is None:
         return leaf
-    return undo(leaf, sharding.source(own, sharding.stored_shapes({own: leaf.shape})))
+    return sharding.undo(own, leaf, sharding.source(own, sharding.stored_shapes({own: leaf.shape})))
 
 
 def lay_adapter(sharding: Sharding | None, layer: Path, adapter: Adapter) -> Adapter:
