@@ -35,7 +35,7 @@ from flaxqwen.generation.inputs import SMALLEST_CACHE, bucket
 from flaxqwen.generation.processors import pad_ids
 from flaxqwen.generation.sampling import TokenChoice
 from flaxqwen.models.qwen2_audio import ENCODER_PARTS, FRAMES_PER_POSITION
-from flaxqwen.sharding import Sharding, make_mesh, module_sharding
+from flaxqwen.sharding import CACHE_AXES, Sharding, make_mesh, module_sharding
 
 
 @dataclass(frozen=True)
@@ -383,8 +383,7 @@ def _state(made: Plan) -> loop.DecodeState:
     cache = jax.eval_shape(lambda: init_cache(made.config, made.batch, made.capacity, dtype))
 
     def place(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = ("batch", "kv_heads", *(None,) * (a.ndim - 2))
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=made.sharding.of(axes, a.shape))
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=made.sharding.of(CACHE_AXES, a.shape))
 
     layers = jax.tree.map(place, cache.layers)
     return loop.DecodeState(

@@ -37,8 +37,13 @@ class LayerCache(flax.struct.PyTreeNode):
         """Those of keys and values, where they are int8."""
         return None if self.key_scale is None or self.value_scale is None else (self.key_scale, self.value_scale)
 
-    def append(self, key: jax.Array, value: jax.Array, at: jax.Array, is_sharded: bool = False) -> LayerCache:
-        """Write key and value [B, K, T, H] from slots `at` ([] or [B]) on. In place when the cache is donated."""
+    def append(
+        self, key: jax.Array, value: jax.Array, at: jax.Array, is_sharded: bool = False, is_cut: bool = False
+    ) -> LayerCache:
+        """Write key and value [B, K, T, H] from slots `at` ([] or [B]) on. In place when the cache is donated.
+
+        is_sharded: whether it lies on a mesh; is_cut: whether that cuts its slots.
+        """
         if self.scales is None:
             new = LayerCache(key.astype(self.key.dtype), value.astype(self.value.dtype))
         else:
@@ -47,7 +52,8 @@ class LayerCache(flax.struct.PyTreeNode):
         old, structure = jax.tree.flatten(self)
         arrays = (tuple(old), tuple(jax.tree.leaves(new)), at.reshape(()) if at.size == 1 else at)
         if is_sharded:  # a loop over heads or rows would bring them all to each device
-            return jax.tree.unflatten(structure, _write(*arrays))
+            write = _write_where_they_are if is_cut and key.shape[2] > 1 else _write
+            return jax.tree.unflatten(structure, write(*arrays))
         written = jax.lax.platform_dependent(*arrays, cpu=_write_in_loop, default=_write)
         return jax.tree.unflatten(structure, written)
 
@@ -66,6 +72,15 @@ def _write(old: Arrays, new: Arrays, at: jax.Array) -> Arrays:
         return tuple(jax.lax.dynamic_update_slice(a, piece, (0, 0, at, 0)) for a, piece in zip(old, new, strict=True))
     per_row = jax.vmap(lambda row, piece, slot: jax.lax.dynamic_update_slice(row, piece, (0, slot, 0)))
     return tuple(per_row(a, piece, at) for a, piece in zip(old, new, strict=True))
+
+
+def _write_where_they_are(old: Arrays, new: Arrays, at: jax.Array) -> Arrays:
+    """The same for slots that a mesh cuts: a slice of several would bring all to each device; this reads them all."""
+    T, S = new[0].shape[2], old[0].shape[2]
+    token = jnp.arange(S) - at[..., None]  # [S] or [B, S], of each slot
+    index, is_new = (x.reshape(-1, 1, S, 1) for x in (jnp.clip(token, 0, T - 1), (token >= 0) & (token < T)))
+    taken = (jnp.take_along_axis(a, index, axis=2, mode="clip") for a in new)
+    return tuple(jnp.where(is_new, piece, a) for a, piece in zip(old, taken, strict=True))
 
 
 def _write_in_loop(old: Arrays, new: Arrays, at: jax.Array) -> Arrays:

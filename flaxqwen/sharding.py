@@ -61,15 +61,19 @@ PARAMETER_RULES: tuple[tuple[str, Axes], ...] = (
 )
 
 # The axes of the mesh that a logical axis is cut along. An axis whose length they do not divide is cut along the first
-# of them that do, or not at all.
+# of them that do, or not at all; and along none that an axis before it is cut along.
 LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),  # weights only: activations are whole along it
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "slots": (),  # of the KV cache: ("data", "fsdp") shares one long context; 3 small all-reduces more in each layer
     "mlp": ("tensor",),
 }
+
+
+CACHE_AXES = ("batch", "kv_heads", "slots", None)  # of keys, values and their scales
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -156,7 +160,8 @@ class Sharding:
         for name, size in zip(logical, shape, strict=True):
             taken: tuple[str, ...] = ()
             for axis in found[name] if name is not None else ():
-                if size % math.prod(self.mesh.shape[other] for other in (*taken, axis)) == 0:
+                is_free = not any(axis in part for part in parts if part)
+                if is_free and size % math.prod(self.mesh.shape[other] for other in (*taken, axis)) == 0:
                     taken = (*taken, axis)
             parts.append(taken or None)
         return PartitionSpec(*parts)
@@ -295,9 +300,14 @@ def settle(sharding: Sharding | None, tree: T) -> T:
     def place(node: Any) -> Any:
         if not isinstance(node, LayerCache):
             return constrain(sharding, node, *(None,) * node.ndim)
-        return jax.tree.map(lambda a: constrain(sharding, a, "batch", "kv_heads", *(None,) * (a.ndim - 2)), node)
+        return jax.tree.map(lambda a: constrain(sharding, a, *CACHE_AXES), node)
 
     return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, LayerCache))
+
+
+def cuts_slots(sharding: Sharding | None, cache: LayerCache) -> bool:
+    """Whether a mesh cuts the slots of a KV cache."""
+    return sharding is not None and sharding.spec(CACHE_AXES, cache.key.shape)[2] is not None
 
 
 def own_heads(sharding: Sharding | None, weights: jax.Array) -> jax.Array:

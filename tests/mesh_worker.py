@@ -39,6 +39,8 @@ HEARING = ("2x4", "fsdp")
 DECODING = ("1x8", "2x4", "4x2")
 # Where quantized weights run. Heads of 8 and groups of 16, and 24 of 96 channels and groups of 32, share no border.
 QUANTIZED = {"int8": ("1x8",), "int4": ("2x4", "fsdp")}
+# Where the slots of the KV cache are cut, for one row.
+LONG = "4x2"
 # Where adapters run, and which: every linear layer; magnitudes, biases, a whole module; another beside the first.
 ADAPTED = ("2x4",)
 ADAPTERS = {
@@ -72,6 +74,9 @@ def main(folder: Path) -> None:
         for name in ("one", *meshes):
             found = quantized(folder, scheme, name, inputs)
             results |= {f"{kind}/{scheme}/{name}": value for kind, value in found.items()}
+    for name in ("one", LONG):
+        found = stretched(folder, name, inputs)
+        results |= {f"{kind}/{name}": value for kind, value in found.items()}
     for name in ("one", *ADAPTED):
         found = adapted(folder, name, inputs)
         results |= {f"{kind}/{name}": value for kind, value in found.items()}
@@ -110,6 +115,19 @@ def quantized(folder: Path, scheme: Any, name: str, inputs: dict[str, np.ndarray
         reader.load(checkpoint.quantized(scheme), shapes)
         nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     return found | {"same": np.asarray(jax.tree.all(same)), "read": np.asarray(reader.counter.nbytes / nbytes)}
+
+
+def stretched(folder: Path, name: str, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Greedy decoding of one row, its prompt in two parts, where devices share its KV cache out by slots."""
+    row = {"input_ids": inputs["ids"][:1], "max_new_tokens": NEW, "prefill_chunk_size": 4, "do_sample": False}
+    if name == "one":
+        return {"long": AutoModelForCausalLM.from_pretrained(folder).generate(**row)}
+    mesh, axes = make_mesh(*MESHES[name]), {"slots": ("data",)}
+    model = AutoModelForCausalLM.from_pretrained(folder, mesh=mesh, mesh_axes=axes)
+    with watched() as programs:
+        output = model.generate(**row, return_dict_in_generate=True)
+    places = [str(leaf.sharding.spec[2]) for leaf in jax.tree.leaves(output.past_key_values.layers)]
+    return {"long": output.sequences, "places": np.asarray(places), "long-hlo": programs[0]}
 
 
 def adapted(folder: Path, name: str, inputs: dict[str, np.ndarray]) -> dict[str, Any]:

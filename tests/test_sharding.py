@@ -35,7 +35,7 @@ from flaxqwen.ops.quantized import contract_quantized
 from flaxqwen.quantization import quantize_onto
 from flaxqwen.sharding import Sharding
 from flaxqwen.training import assemble_params
-from tests.mesh_worker import ADAPTED, ADAPTERS, DECODING, EVERYTHING, HEARING, MESHES, NEW, QUANTIZED, TRAINED
+from tests.mesh_worker import ADAPTED, ADAPTERS, DECODING, EVERYTHING, HEARING, LONG, MESHES, NEW, QUANTIZED, TRAINED
 from tests.models.test_qwen2_audio import CLIPS, config_dict, expanded, older_prompt
 from tests.reference import close, padded_mask, random_ids, th, tiny, torch_model
 
@@ -237,6 +237,19 @@ def test_collectives_of_quantized_decoding(worker, scheme, mesh):
     whole = {"int8": f"s32[3,{rows},56]", "int4": f"(f32[{rows},1,56], f32[{rows},1,56])"}[scheme]
     assert found.pop(("all-reduce", whole)) == 2 * LAYERS
     assert found.pop(("all-reduce", f"s8[{rows},1,56]")) == 1
+    assert_small(found)
+
+
+def test_a_long_context_is_shared_out(worker):
+    """The KV cache cut by slots: tokens of one device, and of a layer's collectives besides none is of hidden size."""
+    assert (worker[f"long/{LONG}"] == worker["long/one"]).all()
+    assert set(worker[f"places/{LONG}"]) == {"data"}
+    found = Counter()
+    for shape, op in COLLECTIVE.findall(str(worker[f"long-hlo/{LONG}"])):
+        found[op, re.sub(r"\{[\d,]*\}", "", shape)] += 1
+    assert found.pop(("all-reduce", "f32[1,1,56]")) == 2 * LAYERS + 1
+    assert found.pop(("all-reduce", "f32[1,1,7,1,8]")) == LAYERS  # of half of the heads, each of 8
+    assert found.pop(("all-reduce", "f32[1,1,7,1]")) == 2 * LAYERS  # largest scores, and sums
     assert_small(found)
 
 

@@ -25,7 +25,7 @@ from flaxqwen.ops.attention import Visibility, attend, attend_in_blocks
 from flaxqwen.ops.linear import Embed, Linear
 from flaxqwen.ops.norm import RMSNorm
 from flaxqwen.ops.rotary import rotary_embedding, rotate
-from flaxqwen.sharding import Sharding, constrain, mask_of_heads, own_heads, settle
+from flaxqwen.sharding import Sharding, constrain, cuts_slots, mask_of_heads, own_heads, settle
 
 Qwen2RMSNorm = RMSNorm
 
@@ -91,7 +91,8 @@ class Qwen2Attention(nn.Module):
         if cache is None:
             filled = readable = LayerCache(key, value)
         else:
-            filled = cache.layers[self.layer_index].append(key, value, cache.length, self.sharding is not None)
+            own = cache.layers[self.layer_index]
+            filled = own.append(key, value, cache.length, self.sharding is not None, cuts_slots(self.sharding, own))
             filled = settle(self.sharding, filled)
             readable = jax.tree.map(lambda a: a[:, :, : cache.readable], filled)
         heads = (query, readable.key, readable.value, visibility, self.window, readable.scales)
@@ -228,6 +229,9 @@ class Qwen2Model(nn.Module):
         output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
 
         cache, T = past_key_values, x.shape[1]
+        bound = None if cache is None else cache.bound
+        if cache is not None and cuts_slots(self.sharding, cache.layers[0]):
+            cache = cache.replace(bound=None)  # the slots below would have to be shared out anew
         if cache is not None and cache_position is not None:
             cache = cache.replace(length=jnp.broadcast_to(cache_position[0], cache.length.shape).astype(jnp.int32))
         slots = token_slots(cache, T)
@@ -254,7 +258,7 @@ class Qwen2Model(nn.Module):
         elif cache is None:
             cache = KVCache(tuple(filled), jnp.full((x.shape[0],), T, jnp.int32))
         else:
-            cache = cache.replace(layers=tuple(filled), length=cache.length + T)
+            cache = cache.replace(layers=tuple(filled), length=cache.length + T, bound=bound)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,
