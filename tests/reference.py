@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flaxqwen.config import Qwen2Config
-from flaxqwen.convert.names import to_path
+from flaxqwen.convert.names import to_name, to_path
 
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch: pip install flaxqwen[test]")
 
@@ -74,6 +74,12 @@ def pair(kind: str, module: type, seed: int = 0, **changes: Any) -> tuple[Any, A
     config = tiny(**changes)
     theirs = torch_model(kind, config, seed)
     return theirs, module(Qwen2Config.from_dict(config)), params_of(theirs)
+
+
+def leaves_of(model: Any) -> dict[str, np.ndarray]:
+    """Parameters by their Hugging Face names."""
+    leaves = jax.tree.leaves_with_path(model.params)
+    return {to_name(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def close(ours: Any, theirs: Any, relative: float = RELATIVE, where: Any = None) -> None:

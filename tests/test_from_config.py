@@ -1,0 +1,140 @@
+"""Models made from a config: random weights as Transformers draws them, and the shapes of every published geometry."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import flaxqwen
+from flaxqwen import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
+from flaxqwen.auto import param_shapes
+from flaxqwen.convert import to_name, to_path
+from tests.conftest import find_shared
+from tests.reference import leaves_of, random_ids, tiny, torch
+
+SMALL: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": 157, "pad_token_id": 11}
+# Parameters of Qwen2ForCausalLM, a tied head counted once, by the name of a config's folder.
+COUNTS = {
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-14B": 14_770_033_664,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen2.5-72B": 72_706_203_648,
+    "cogito-v1-preview-qwen-14B": 14_765_947_904,  # a shorter vocabulary
+}
+
+
+def test_random_weights_are_distributed_as_in_transformers():
+    """Norms one, biases zero, the padding row zero, all else normal: each tensor against the same of Transformers."""
+    import transformers
+
+    values = tiny(**SMALL, initializer_range=0.07)
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForTokenClassification.from_config(transformers.Qwen2Config.from_dict(values))
+    model = flaxqwen.AutoModelForTokenClassification.from_config(Qwen2Config.from_dict(values), seed=3)
+    ours, state = leaves_of(model), theirs.state_dict()
+    assert set(ours) == set(state)
+    for name, leaf in ours.items():
+        want = state[name].numpy()
+        assert (leaf.shape, leaf.dtype) == (want.shape, want.dtype)
+        if want.min() == want.max():
+            assert np.array_equal(leaf, want), name
+            continue
+        assert np.array_equal((leaf == 0).all(axis=1), (want == 0).all(axis=1)), name
+        drawn = leaf[leaf != 0]
+        assert drawn.size >= leaf.size - 64
+        assert stats.kstest(drawn, "norm", (0, 0.07)).pvalue > 1e-3, name
+    assert not ours["model.embed_tokens.weight"][SMALL["pad_token_id"]].any()
+    flat = {name: leaf.ravel()[:2048] for name, leaf in ours.items() if leaf.size > 4096}
+    correlation = np.corrcoef(list(flat.values())) - np.eye(len(flat))
+    assert np.abs(correlation).max() < 0.15  # every tensor is drawn apart
+
+
+def test_random_weights_follow_the_seed():
+    config = Qwen2Config.from_dict(tiny(**SMALL))
+    first, again, other = (leaves_of(AutoModelForCausalLM.from_config(config, seed=seed)) for seed in (5, 5, 6))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["lm_head.weight"], other["lm_head.weight"])
+    # A decoder has the same weights whatever head is on it.
+    base = leaves_of(AutoModelForSequenceClassification.from_config(config, seed=5))
+    assert all(np.array_equal(first[name], base[name]) for name in first if name.startswith("model."))
+
+
+def test_random_weights_have_the_configs_dtype():
+    import transformers
+
+    values = tiny(**SMALL, dtype="bfloat16", initializer_range=0.0)
+    config = Qwen2Config.from_dict(values)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config.from_dict(values))
+    model = AutoModelForCausalLM.from_config(config)
+    assert (str(theirs.dtype), model.dtype, model.config) == ("torch.bfloat16", jnp.bfloat16, config)
+    weight = np.asarray(model.params["lm_head"]["weight"], np.float32)
+    assert np.std(weight) == pytest.approx(0.02, rel=0.05)  # a range of 0 means the default, as there
+    assert np.std(theirs.lm_head.weight.float().detach().numpy()) == pytest.approx(0.02, rel=0.05)
+    assert np.abs(weight).max() > 3.2 * 0.02  # of 10,048 draws; drawn in bfloat16 there would be none
+    wide = AutoModelForCausalLM.from_config(config, dtype="float32")
+    assert (wide.dtype, wide.config.dtype, wide.module.config.dtype) == (np.float32, "float32", "float32")
+    assert AutoModelForCausalLM.from_config(dataclasses.replace(config, dtype=None)).dtype == np.float32
+    with pytest.raises(ValueError, match="dtype 'int4'"):
+        AutoModelForCausalLM.from_config(config, dtype="int4")
+
+
+def test_a_random_model_runs(rng: np.random.Generator):
+    model = AutoModelForCausalLM.from_config(Qwen2Config.from_dict(tiny(**SMALL, tie_word_embeddings=True)))
+    assert model(random_ids(rng, (2, 9), SMALL["vocab_size"])).logits.shape == (2, 9, SMALL["vocab_size"])
+    assert model.generation_config.pad_token_id == SMALL["pad_token_id"]
+
+
+GEOMETRY = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+GEOMETRY += ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+FILES = sorted((find_shared() or Path("-")).glob("data/configs/*/config.json"))
+CONFIGS = [path for path in FILES if json.loads(path.read_text())["model_type"] == "qwen2"]
+
+
+@functools.cache
+def shapes_of(**geometry: Any) -> dict[str, tuple[int, ...]]:
+    shapes = param_shapes(AutoModelForCausalLM.module_of(Qwen2Config(**geometry)))
+    return {to_name(path): shape for path, shape in shapes.items()}
+
+
+def shapes_of_config(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by name. Tracing 80 layers takes a second: configs of one geometry share it."""
+    return shapes_of(**{name: getattr(config, name) for name in GEOMETRY})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.parent.name for path in CONFIGS])
+def test_shapes_of_every_published_config(path: Path, shared: Path):
+    values = json.loads(path.read_text())
+    spec = importlib.util.spec_from_file_location("make_reference", shared / "tools" / "make_reference.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    alive = len(jax.live_arrays())
+    config = AutoConfig.from_pretrained(path.parent)
+    shapes = shapes_of_config(config)
+    assert len(jax.live_arrays()) == alive  # 72B would take 145 GB
+    assert shapes == dict(tool.shapes(values))
+    sizes = [name for name in COUNTS if shapes_of_config(AutoConfig.from_pretrained(path.parents[1] / name)) == shapes]
+    assert [COUNTS[name] for name in sizes] == [sum(map(math.prod, shapes.values()))]
+
+
+def test_real_weight_maps_have_our_names(shared: Path):
+    """The indexes of real checkpoints name each parameter and nothing else."""
+    indexes = sorted((shared / "data" / "configs").glob("*/model.safetensors.index.json"))
+    assert len(indexes) >= 3
+    for index in indexes:
+        names = set(json.loads(index.read_text())["weight_map"])
+        assert names == set(shapes_of_config(AutoConfig.from_pretrained(index.parent)))
+        assert {to_name(to_path(name)) for name in names} == names
