@@ -18,7 +18,7 @@ from flaxqwen.cli import main
 from flaxqwen.convert import CheckpointError, convert, open_checkpoint, to_path
 from flaxqwen.convert.load import read_array
 from flaxqwen.convert.quantize import dequantized, quantize_rows, quantized
-from flaxqwen.ops.quantized import contract_quantized
+from flaxqwen.ops import quantized as ops
 from tests.reference import close, random_ids, th, tiny, torch, torch_model
 
 SCHEMES = ("int8", "int4")
@@ -73,14 +73,17 @@ def test_no_weight_is_off_by_more_than_half_a_scale(rng: np.random.Generator, sc
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_contractions(rng: np.random.Generator, scheme: str, dtype: Any, rows: int):
+@pytest.mark.parametrize(("rows", "amx"), [(1, True), (1, False), (3, True)])
+def test_contractions(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: Any, rows: int, amx: bool
+):
     """Within float32 rounding of the dequantized product (bfloat16: of the result's), past the fused length too."""
+    monkeypatch.setattr(ops, "HAS_AMX", amx)
     width = 4864 if rows == 1 else 256
     weight = rng.standard_normal((24, width)).astype(np.float32)
     x = jnp.asarray(rng.standard_normal((rows, 1, width)), dtype)
     values, scale = quantize_rows(weight, scheme)
-    got = np.asarray(jax.jit(contract_quantized)(x, values, scale), np.float64)
+    got = np.asarray(jax.jit(lambda *inputs: ops.contract_quantized(*inputs))(x, values, scale), np.float64)
     want = np.asarray(x, np.float64) @ decode({"w": values, "w_scale": scale}, "w").T
     wide = dtype == jnp.bfloat16 and scheme == "int4" and rows > 1  # the weight itself is rounded to bfloat16
     tolerance = 2e-6 if dtype == jnp.float32 else 2**-7 if wide else 2**-8 * 1.01

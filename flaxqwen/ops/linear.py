@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from flaxqwen.convert.quantize import SCALE
+from flaxqwen.ops.cpu import HAS_AMX, MAX_FUSED_CONTRACTION, contract_one_row, rows_of
 from flaxqwen.ops.lora import adapt_embedding, adapt_linear
-from flaxqwen.ops.quantized import HAS_AMX, MAX_FUSED_CONTRACTION, contract_one_row_cpu, contract_quantized, rows_of
+from flaxqwen.ops.quantized import contract_quantized
 from flaxqwen.sharding import Sharding, constrain
 
 # As how many a single row of bfloat16 is multiplied on a CPU: 2 take 20% longer, 8 take 5%.
@@ -66,7 +67,7 @@ def _contract_one_row_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
     fused conversion, unless the row is too long to be fused at once.
     """
     if not HAS_AMX and x.shape[-1] < MAX_FUSED_CONTRACTION:
-        return contract_one_row_cpu(x, weight).astype(x.dtype)
+        return contract_one_row(x, weight).astype(x.dtype)
     rows = jnp.broadcast_to(x.reshape(1, -1), (NATIVE_ROWS, x.shape[-1]))
     return _contract(rows, weight)[:1].reshape(*x.shape[:-1], -1)
 

@@ -5,13 +5,10 @@ Axes: B batch, T new tokens.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import jax
 import jax.numpy as jnp
 
-# One row on a CPU: the conversion of the weight fuses into the dot only while the row, in float32, is under 16 KB.
-MAX_FUSED_CONTRACTION = 4096
+from flaxqwen.ops.cpu import HAS_AMX, contract_one_row, rows_of
 
 # Up to so many rows are multiplied in int8 on a CPU, each as so many digits.
 FEW_ROWS, DIGITS = 16, 3
@@ -29,14 +26,19 @@ def contract_quantized(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax
 
 
 def _contract_int8(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    if x.size // x.shape[-1] <= FEW_ROWS:
-        y = jax.lax.platform_dependent(x, values, cpu=_contract_digits_cpu, default=_contract_wide)
+    if rows_of(x) <= FEW_ROWS:
+        y = jax.lax.platform_dependent(x, values, cpu=_contract_int8_cpu, default=_contract_wide)
     else:
         y = _contract_wide(x, values)
     return y * scale[:, 0]
 
 
-def _contract_digits_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
+def _contract_int8_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
+    """As digits; but one row without AMX takes half as long with the weight's conversion fused into the dot."""
+    return contract_one_row(x, values) if rows_of(x) == 1 and not HAS_AMX else _contract_digits(x, values)
+
+
+def _contract_digits(x: jax.Array, values: jax.Array) -> jax.Array:
     """x [..., in] times int8 values [out, in], by products of int8 alone -> [..., out] float32.
 
     Each row of x is written in DIGITS digits of base 254, which leaves an error of 2^-24 of its largest value. XLA's
@@ -62,7 +64,7 @@ def _contract_digits_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
 
 def _contract_int4(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     """The even and the odd input channels apart: they are the low and the high halves of the bytes as they lie."""
-    if is_one_row(x):
+    if rows_of(x) == 1:
         return jax.lax.platform_dependent(x, values, scale, cpu=_contract_int4_one_row_cpu, default=_contract_int4_wide)
     return _contract_int4_wide(x, values, scale)
 
@@ -74,7 +76,7 @@ def _contract_int4_wide(x: jax.Array, values: jax.Array, scale: jax.Array) -> ja
 
 def _contract_int4_one_row_cpu(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     (low, high), (even, odd) = _halves(values, scale), _even_and_odd(x)
-    return _contract_one_row_cpu(even, low) + _contract_one_row_cpu(odd, high)
+    return contract_one_row(even, low) + contract_one_row(odd, high)
 
 
 def _even_and_odd(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -91,29 +93,7 @@ def _halves(values: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     return low, high
 
 
-def is_one_row(x: jax.Array) -> bool:
-    """Whether x [..., in] is a single vector."""
-    return x.size == x.shape[-1]
-
-
 def _contract_wide(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., in] times weight [out, in] -> [..., out] float32; int8 is exact in any floating dtype."""
     dims = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
-
-
-def _contract_one_row_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in], one row, times weight [out, in] of a narrow dtype, which no other form reads but once -> float32.
-
-    The conversion to float32 is fused into the dot.
-    """
-    pieces = -(-x.shape[-1] // (MAX_FUSED_CONTRACTION - 1))
-    bounds = [x.shape[-1] * i // pieces for i in range(pieces + 1)]
-    x, y = x.astype(jnp.float32), None
-    for start, stop in pairwise(bounds):
-        part = x[..., start:stop] @ weight[:, start:stop].astype(jnp.float32).T
-        # The barrier keeps the dot from fusing into an add, which would bring the converted copy back.
-        part = jax.lax.optimization_barrier(part)
-        y = part if y is None else y + part
-    assert y is not None
-    return y
