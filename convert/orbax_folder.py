@@ -80,19 +80,21 @@ class Grid:
 
     @property
     def index(self) -> bytes:
-        """Where the chunks lie, at the end of the file: (offset, size) of each."""
+        """Where the chunks lie, at the end of the file: (offset, size) of each, and the sum of these."""
         offsets = np.arange(math.prod(self.counts), dtype="<u8") * self.chunk_bytes
-        return np.stack([offsets, np.full_like(offsets, self.chunk_bytes)], axis=1).tobytes()
+        places = np.stack([offsets, np.full_like(offsets, self.chunk_bytes)], axis=1).tobytes()
+        return places + crc32c(places).to_bytes(4, "little")
 
     @property
     def nbytes(self) -> int:
         """Bytes of the file."""
-        return math.prod(self.counts) * (self.chunk_bytes + 16)
+        return math.prod(self.counts) * (self.chunk_bytes + 16) + 4
 
     def to_json(self) -> dict[str, Any]:
         """The array's metadata, Zarr's zarr.json."""
         little = [{"name": "bytes", "configuration": {"endian": "little"}}]
-        shard = {"chunk_shape": self.chunk, "codecs": little, "index_codecs": little, "index_location": "end"}
+        index = [*little, {"name": "crc32c"}]
+        shard = {"chunk_shape": self.chunk, "codecs": little, "index_codecs": index, "index_location": "end"}
         whole = [count * part for count, part in zip(self.counts, self.chunk, strict=True)]
         return {
             "zarr_format": 3,
@@ -104,6 +106,23 @@ class Grid:
             "fill_value": 0.0,
             "codecs": [{"name": "sharding_indexed", "configuration": shard}],
         }
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C, of another polynomial than zlib's: 15,000 chunks of a 7B have 240 KB of index, which takes 30 ms."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC32C[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+def _crc32c_of_byte(crc: int) -> int:
+    for _ in range(8):
+        crc = (crc >> 1) ^ (0x82F63B78 * (crc & 1))
+    return crc
+
+
+_CRC32C = tuple(map(_crc32c_of_byte, range(256)))
 
 
 def plan_orbax(tensors: Mapping[ParameterPath, Tensor]) -> dict[str, PlannedFile]:
@@ -188,18 +207,15 @@ def open_orbax(folder: Path) -> dict[ParameterPath, OrbaxTensor]:
     except ImportError:
         raise ImportError(NEEDED) from None
     metadata, paths = _read_tree(folder / METADATA)
-    is_database = metadata.get("use_ocdbt", (folder / "manifest.ocdbt").exists())
-    files: dict[str, Any] = {"driver": "file", "path": f"{folder.absolute()}/"}
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    files, is_database = {"driver": "file", "path": f"{folder.absolute()}/"}, (folder / "manifest.ocdbt").exists()
     opening = {}
     for path in paths:
-        name = ".".join(path)
-        spec = {
-            "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
-            "kvstore": {"driver": "ocdbt", "base": files, "path": f"{name}/"}
-            if is_database
-            else files | {"path": f"{folder.absolute()}/{name}/"},
-            "fill_missing_data_reads": False,
-        }
+        name = ".".join(path) + "/"
+        where = (
+            {"driver": "ocdbt", "base": files, "path": name} if is_database else files | {"path": files["path"] + name}
+        )
+        spec = {"driver": driver, "kvstore": where, "fill_missing_data_reads": False}
         opening[path] = tensorstore.open(spec, open=True, read=True)
     return {path: OrbaxTensor(_result(store, folder, path), folder, path) for path, store in opening.items()}
 
@@ -210,7 +226,8 @@ def _read_tree(path: Path) -> tuple[dict[str, Any], list[ParameterPath]]:
         metadata = json.loads(path.read_bytes())
         leaves = metadata["tree_metadata"].values()
         kinds = {
-            tuple(key["key"] for key in leaf["key_metadata"]): leaf["value_metadata"]["value_type"] for leaf in leaves
+            tuple(str(key["key"]) for key in leaf["key_metadata"]): leaf["value_metadata"]["value_type"]
+            for leaf in leaves
         }
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not there; expected an orbax checkpoint of a tree of arrays") from None
@@ -224,7 +241,7 @@ def _read_tree(path: Path) -> tuple[dict[str, Any], list[ParameterPath]]:
 
 @dataclass(frozen=True)
 class OrbaxTensor:
-    """An array of an orbax checkpoint.
+    """An array of an orbax checkpoint, which comes in whole chunks; with what others wrote, one may be all of it.
 
     store: the tensorstore.TensorStore. folder, path: of the checkpoint, and of the leaf.
     """
@@ -241,7 +258,7 @@ class OrbaxTensor:
 
     @property
     def dtype(self) -> np.dtype:
-        return BY_NAME[self.store.dtype.name]
+        return BY_NAME.get(self.store.dtype.name, self.store.dtype.numpy_dtype)
 
     @property
     def nbytes(self) -> int:
