@@ -145,11 +145,11 @@ def _planned(content: dict[str, Any]) -> PlannedFile:
 
 
 def _tree_metadata(tensors: Mapping[ParameterPath, Tensor]) -> dict[str, Any]:
-    """The leaves of the tree, as orbax notes them in _METADATA."""
+    """The leaves of the tree, as orbax notes them in _METADATA: of no device, so that they are restored anywhere."""
     leaves = {
         str(path): {
             "key_metadata": [{"key": key, "key_type": DICT_KEY} for key in path],
-            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
         for path in tensors
     }

@@ -63,6 +63,8 @@ def test_orbax_restores_what_is_written(tmp_path: Path, src: Path, tensors: dict
     convert(src, tmp_path / "orbax", to="orbax")
     expected = {to_path(name): tensor for name, tensor in tensors.items()}
     assert_same(restored(tmp_path / "orbax"), expected)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        assert_same(flatten(checkpointer.restore((tmp_path / "orbax" / ORBAX).absolute())), expected)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {path: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype, sharding=here) for path, tensor in expected.items()}
     arrays = restored(tmp_path / "orbax", flax.traverse_util.unflatten_dict(like))
