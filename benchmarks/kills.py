@@ -84,6 +84,11 @@ def finished(folder: Path, target: str) -> int:
     return len(json.loads(journal.read_bytes())["files"]) if journal.exists() else 0
 
 
+def is_done(target: Path) -> bool:
+    """Whether a killed job has left its whole result."""
+    return target.is_file() or ((target / "checksums.json").exists() and not (target / ".journal.flaxqwen").exists())
+
+
 def killed(folder: Path, command: list[str], target: str, seconds: float) -> bool:
     """Run the command, and kill it after at most so many seconds; False: it had ended before."""
     running = start(folder, command, target)
@@ -126,7 +131,7 @@ def main() -> int:
                 if done := not killed(folder, command, target, seconds):
                     break
                 kills += 1
-                if batch and (folder / target).exists():  # killed between its last act and its end
+                if is_done(folder / target):  # killed between its last act and its end
                     done = True
                     print(f"kill {kills}: job {jobs} was done", flush=True)
                     break
