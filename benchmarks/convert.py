@@ -1,14 +1,17 @@
-"""Throughput and memory of `convert`, beside `cp` of the same file on the same disk.
+"""Throughput and memory of `convert`, beside `cp` of the same files on the same disk.
 
-    python -m benchmarks.convert [--model 0.5b] [--repeats 5] [--folder DIR]
+    python -m benchmarks.convert [--model 0.5b] [--source FOLDER] [--repeats 5] [--folder DIR]
 
 Makes a checkpoint of a real geometry in bfloat16, filled by repeating one random block, in a temporary folder; copies
-it with cp and converts it in each direction, in turns, each conversion in a fresh process. Before each the output of
-the last round is removed and the disk is idle: what others left to write is not ours to wait for. The source is in the
-page cache for all. Both are timed until their bytes are on the disk: convert waits for them by itself, after cp comes
-an fsync. `ratio_to_cp` is the median throughput (bytes read per second) over cp's so; `ratio_to_unsynced_cp` over that
-of cp alone, which ends when its bytes are in the page cache. `peak_mb` is the peak resident memory over an interpreter
-that has imported jax. The last line is JSON.
+it with cp and converts it in each direction, in turns, each conversion in a fresh process. Before each the disk is idle
+(what others left to write is not ours to wait for), and the source is in the page cache; or, where it is larger than a
+third of the memory, none of it is. Outputs are compared with their checksums and, where they have the source's
+dtype, tensor by tensor with the source; they are removed once they are no longer needed.
+
+Both are timed until their bytes are on the disk: convert waits for them by itself, after cp comes an fsync.
+`ratio_to_cp` is the median throughput (bytes read per second) over cp's so; `ratio_to_unsynced_cp` over that of cp
+alone, which ends when its bytes are in the page cache. `peak_mb` is the peak resident memory over an interpreter that
+has imported jax. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import ml_dtypes
@@ -29,7 +33,7 @@ import numpy as np
 
 from benchmarks.geometries import GEOMETRIES, config
 from flaxqwen.auto import AutoModelForCausalLM, param_shapes
-from flaxqwen.convert import save_params, to_name
+from flaxqwen.convert import check, open_checkpoint, save_params, to_name
 
 # Direction -> (whose output is the source, options).
 DIRECTIONS: dict[str, tuple[str, dict[str, str]]] = {
@@ -38,21 +42,18 @@ DIRECTIONS: dict[str, tuple[str, dict[str, str]]] = {
     "msgpack": ("source", {"format": "msgpack"}),
     "linen": ("source", {"layout": "linen"}),
     "float32": ("source", {"dtype": "float32"}),
+    "int8": ("source", {"quantize": "int8"}),
+    "orbax": ("source", {"to": "orbax"}),
+    "from orbax": ("orbax", {"to": "pytorch"}),
 }
 
 CONVERT = """
-import json, os, shutil, sys, time
+import json, sys, time
 import jax, jax.numpy as jnp
 jnp.zeros(1).block_until_ready()
 from flaxqwen.convert import convert
 # Not ru_maxrss: it begins with the peak of the process that forked this one.
 peak = lambda: int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
-shutil.rmtree(sys.argv[2], ignore_errors=True)
-os.sync()
-for file in os.scandir(sys.argv[1]):  # convert leaves none of what it wrote in the page cache
-    with open(file, "rb", buffering=0) as stream:
-        while stream.readinto(bytearray(1 << 20)):
-            pass
 before, start = peak(), time.perf_counter()
 convert(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
 print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak() - before}))
@@ -69,17 +70,31 @@ def make_checkpoint(folder: Path, model: str) -> Path:
     return folder
 
 
-def time_cp(source: Path, folder: Path) -> tuple[float, float]:
-    """Seconds of one cp into an empty folder: until it ends, and until its bytes are on the disk."""
-    shutil.rmtree(folder, ignore_errors=True)
+def files_of(folder: Path) -> list[Path]:
+    """All files in a folder and its folders."""
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def prepare(source: Path, target: Path, is_cached: bool) -> None:
+    """Remove the target, let the disk finish, and bring the source into the page cache, or out of it."""
+    shutil.rmtree(target, ignore_errors=True)
     os.sync()
-    folder.mkdir()
+    for path in files_of(source):
+        with path.open("rb", buffering=0) as file:
+            if not is_cached:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while is_cached and file.readinto(bytearray(1 << 20)):
+                pass
+
+
+def time_cp(source: Path, folder: Path) -> tuple[float, float]:
+    """Seconds of one cp into a new folder: until it ends, and until its bytes are on the disk."""
     start = time.perf_counter()
-    subprocess.run(["cp", str(source), str(folder)], check=True)
+    subprocess.run(["cp", "-r", str(source), str(folder)], check=True)
     copied = time.perf_counter()
-    fd = os.open(folder / source.name, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+    for path in files_of(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     return copied - start, time.perf_counter() - start
 
 
@@ -89,33 +104,59 @@ def time_convert(source: Path, folder: Path, options: dict[str, str]) -> dict[st
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
+def sums(folder: Path) -> dict[str, int]:
+    """The CRC-32 of each tensor of a checkpoint, whatever its format."""
+    found = {}
+    with open_checkpoint(folder) as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            found[name] = 0
+            for chunk in tensor.chunks():
+                found[name] = zlib.crc32(chunk.view("u1"), found[name])
+    return found
+
+
+def measure(original: Path, folder: Path, is_cached: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """One round: seconds of cp and of each direction, and the peak bytes of the latter."""
+    expected = sums(original)
+    prepare(original, folder / "cp", is_cached)
+    seconds = dict(zip(("cp alone", "cp"), time_cp(original, folder / "cp"), strict=True))
+    shutil.rmtree(folder / "cp")
+    peaks = {}
+    for i, (direction, (given, options)) in enumerate(DIRECTIONS.items()):
+        source, target = original if given == "source" else folder / given, folder / direction
+        prepare(source, target, is_cached)
+        result = time_convert(source, target, options)
+        seconds[direction], peaks[direction] = result["seconds"], result["peak"]
+        print(f"{direction}: {result['seconds']:.1f} s, peak {result['peak'] / 1e6:.0f} MB", flush=True)
+        check(target)
+        if not {"dtype", "quantize"} & set(options):
+            assert sums(target) == expected
+        wanted = {later for later, _ in list(DIRECTIONS.values())[i + 1 :]}
+        for done in {direction, given} - wanted - {"source"}:
+            shutil.rmtree(folder / done)
+    return seconds, peaks
+
+
 def main() -> None:
     """Run the benchmark and print its table and its line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="0.5b", choices=GEOMETRIES)
-    parser.add_argument("--repeats", default=5, type=int, help="rounds that count; one more comes first and does not")
+    parser.add_argument("--source", type=Path, help="a checkpoint to take, in place of one that is made")
+    parser.add_argument("--repeats", default=5, type=int, help="rounds that count; if cached, one more comes first")
     parser.add_argument("--folder", type=Path, help="on which disk; default: the system's temporary folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        folder = Path(name)
-        file = make_checkpoint(folder / "source", arguments.model) / "model.safetensors"
-        size = file.stat().st_size
-        seconds: dict[str, list[float]] = {"cp alone": [], "cp": [], **{direction: [] for direction in DIRECTIONS}}
-        peaks = dict.fromkeys(DIRECTIONS, 0.0)
-        for _ in range(arguments.repeats + 1):
-            alone, synced = time_cp(file, folder / "cp")
-            seconds["cp alone"].append(alone)
-            seconds["cp"].append(synced)
-            for direction, (source, options) in DIRECTIONS.items():
-                result = time_convert(folder / source, folder / direction, options)
-                seconds[direction].append(result["seconds"])
-                peaks[direction] = max(peaks[direction], result["peak"])
-    medians = {what: statistics.median(times[1:]) for what, times in seconds.items()}
-    print(f"{size / 1e6:.0f} MB, median of {arguments.repeats}")
+        original = arguments.source or make_checkpoint(Path(name) / "source", arguments.model)
+        size = sum(path.stat().st_size for path in files_of(original))
+        is_cached = size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 3
+        rounds = [measure(original, Path(name), is_cached) for _ in range(arguments.repeats + is_cached)][is_cached:]
+    medians = {what: statistics.median(seconds[what] for seconds, _ in rounds) for what in rounds[0][0]}
+    print(f"{size / 1e6:.0f} MB, {'' if is_cached else 'not '}cached, median of {arguments.repeats}")
     for what in ("cp", "cp alone"):
         print(f"{what:10} {size / medians[what] / 1e6:6.0f} MB/s")
     report = {}
-    for direction, peak in peaks.items():
+    for direction in DIRECTIONS:
+        peak = max(peaks[direction] for _, peaks in rounds)
         rate = size / medians[direction] / 1e6
         ratio, unsynced = (medians[what] / medians[direction] for what in ("cp", "cp alone"))
         print(
@@ -128,7 +169,8 @@ def main() -> None:
             "ratio_to_unsynced_cp": round(unsynced, 3),
             "peak_mb": round(peak / 1e6, 1),
         }
-    print(json.dumps({"benchmark": "convert", "model": arguments.model, "bytes": size, "directions": report}))
+    line = {"benchmark": "convert", "model": arguments.model, "bytes": size, "cached": is_cached, "directions": report}
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

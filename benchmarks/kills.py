@@ -2,11 +2,12 @@
 
     python -m benchmarks.kills batch [--kills 30] [--lines 600] [--dtype float32]
     python -m benchmarks.kills convert [--kills 30]
+    python -m benchmarks.kills orbax [--kills 30]
 
 batch: a random tiny model continues prompts of random lengths, every third one sampled. convert: a checkpoint of 0.4 GB
-in bfloat16 becomes 81 shards in float32. A job is killed (SIGKILL) at random moments, from the start of the process on,
-and the same command is given until the job is done; then the next job begins, until there have been so many kills. The
-last line is JSON.
+in bfloat16 becomes 81 shards in float32. orbax: it becomes a checkpoint of orbax. A job is killed (SIGKILL) at random
+moments, from the start of the process on, and the same command is given until the job is done; then the next job
+begins, until there have been so many kills. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from flaxqwen import AutoModelForCausalLM, Qwen2Config
 
 COMMAND = [sys.executable, "-c", "import sys; from flaxqwen.cli import main; sys.exit(main(sys.argv[1:]))"]
 NEW = 48
+CONVERT = {"convert": ["--dtype", "float32", "--max-shard-size", "10MB"], "orbax": ["--to", "orbax"]}
 
 
 def write_batch(folder: Path, lines: int, dtype: str) -> list[str]:
@@ -45,13 +47,13 @@ def write_batch(folder: Path, lines: int, dtype: str) -> list[str]:
 
 
 def write_checkpoint(folder: Path) -> list[str]:
-    """A checkpoint; returns the command, and its options, but for its target."""
+    """A checkpoint; returns the command, but for its options and its target."""
     config = Qwen2Config(
         vocab_size=32000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, num_attention_heads=16,
         num_key_value_heads=2, dtype="bfloat16",
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config, dtype="bfloat16").save_pretrained(folder / "model", to="pytorch")
-    return ["convert", "--dtype", "float32", "--max-shard-size", "10MB", str(folder / "model")]
+    return ["convert", str(folder / "model")]
 
 
 def start(folder: Path, command: list[str], target: str) -> subprocess.Popen:
@@ -63,8 +65,8 @@ def start(folder: Path, command: list[str], target: str) -> subprocess.Popen:
 
 def contents(path: Path) -> dict[str, bytes]:
     """The bytes of a file, or of all files of a folder, by name."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {file.name if path.is_dir() else "": hashlib.sha256(file.read_bytes()).digest() for file in files}
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).digest() for file in files}
 
 
 def remove(path: Path) -> None:
@@ -80,6 +82,11 @@ def finished(folder: Path, target: str) -> int:
     if partial.exists():
         return max(partial.read_bytes().count(b"\n") - 1, 0)
     return len(json.loads(journal.read_bytes())["files"]) if journal.exists() else 0
+
+
+def is_done(target: Path) -> bool:
+    """Whether a killed job has left its whole result."""
+    return target.is_file() or ((target / "checksums.json").exists() and not (target / ".journal.flaxqwen").exists())
 
 
 def killed(folder: Path, command: list[str], target: str, seconds: float) -> bool:
@@ -98,7 +105,7 @@ def killed(folder: Path, command: list[str], target: str, seconds: float) -> boo
 def main() -> int:
     """Returns the exit code: 1 where a result differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("batch", "convert"))
+    parser.add_argument("job", choices=("batch", *CONVERT))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--lines", type=int, default=600)
     parser.add_argument("--dtype", default="float32")
@@ -106,7 +113,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         batch = arguments.job == "batch"
-        command = write_batch(folder, arguments.lines, arguments.dtype) if batch else write_checkpoint(folder)
+        if batch:
+            command = write_batch(folder, arguments.lines, arguments.dtype)
+        else:
+            command = [*write_checkpoint(folder), *CONVERT[arguments.job]]
         for _ in range(2):  # the second time without compiling
             remove(folder / "whole")
             begun = time.perf_counter()
@@ -121,7 +131,7 @@ def main() -> int:
                 if done := not killed(folder, command, target, seconds):
                     break
                 kills += 1
-                if batch and (folder / target).exists():  # killed between its last act and its end
+                if is_done(folder / target):  # killed between its last act and its end
                     done = True
                     print(f"kill {kills}: job {jobs} was done", flush=True)
                     break

@@ -49,11 +49,10 @@ def check(
     sums = read_checksums(folder)
     if sums is None:
         return Checked(tensors, 0, 0)
-    problems = [
-        f"{path.name} is not in {CHECKSUMS}"
-        for path in sorted(folder.iterdir())
-        if WEIGHTS.fullmatch(path.name) and path.name not in sums
-    ]
+    held = [path for path in sorted(folder.iterdir()) if WEIGHTS.fullmatch(path.name)]
+    files = [file for path in held for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    names = [file.relative_to(folder).as_posix() for file in files if file.is_file()]
+    problems = [f"{name} is not in {CHECKSUMS}" for name in names if name not in sums]
     total, done = sum(wanted.nbytes for wanted in sums.values()), 0
 
     def count(read: int) -> None:

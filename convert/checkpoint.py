@@ -14,14 +14,17 @@ import numpy as np
 from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.msgpack_file import read_msgpack
 from flaxqwen.convert.names import Layout, from_linen, layout_of, to_name
+from flaxqwen.convert.orbax_folder import open_orbax
 from flaxqwen.convert.quantize import Scheme, quantized
 from flaxqwen.convert.safetensors_file import read_safetensors
+from flaxqwen.convert.staging import ORBAX
 from flaxqwen.convert.tensors import MappedFile, StoredTensor
 from flaxqwen.convert.torch_file import read_torch
 
-# Files that hold a checkpoint, the first one found counts: PyTorch's safetensors, PyTorch's pickles, Flax. A folder
-# with several formats holds the same weights in each, and safetensors is the safe and the fast one.
+# What holds a checkpoint, the first one found counts: orbax's folder, PyTorch's safetensors, PyTorch's pickles, Flax. A
+# folder with several formats holds the same weights in each, and safetensors is the safe and the fast one.
 WEIGHT_FILES = (
+    ORBAX,
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -36,10 +39,10 @@ SEPARATOR = "/"  # in the names of Flax's safetensors, as flax.traverse_util.fla
 class Checkpoint:
     """An open checkpoint; close it, or use it in a `with`.
 
-    path: the file or the index that was opened.
+    path: the file or the index that was opened, or orbax's folder.
     tensors: every tensor by its Hugging Face name, in the checkpoint's order, in the checkpoint's layout ([out, in])
       whatever the layout on disk. Opening reads no values.
-    format: "pytorch" or "flax", whose names the files have.
+    format: "pytorch", "flax" or "orbax", whose names the files have.
     layout: "checkpoint" or "linen", as on disk.
     """
 
@@ -80,6 +83,8 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The files that hold the values."""
+        if self.format == "orbax":
+            return [path for path in self.path.rglob("*") if path.is_file()]
         return [file.path for file in self._files]
 
     def close(self) -> None:
@@ -102,6 +107,11 @@ class Checkpoint:
     def _read(self) -> dict[str, StoredTensor]:
         """The tensors of the file or the shards, under their Hugging Face names."""
         name = self.path.name
+        if self.path.is_dir():
+            leaves = cast(dict[tuple[str, ...], StoredTensor], open_orbax(self.path))
+            tensors = self._from_flax(leaves, layout_of(leaves))
+            self.format = "orbax"
+            return tensors
         if name.endswith(".msgpack"):
             leaves = read_msgpack(self._open(self.path))
             return self._from_flax(leaves, layout_of(leaves))
@@ -153,8 +163,8 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open the checkpoint in a folder, or the one in a file: weights, or the index of shards.
 
-    In a folder the format is found by looking: model.safetensors, its shards, pytorch_model.bin, its shards,
-    flax_model.safetensors, its shards, flax_model.msgpack; the first that is there.
+    In a folder the format is found by looking: orbax_model, model.safetensors, its shards, pytorch_model.bin, its
+    shards, flax_model.safetensors, its shards, flax_model.msgpack; the first that is there.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -168,7 +178,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{path}: not a checkpoint: expected .safetensors, .bin, .msgpack or .index.json")
         return Checkpoint(path)
     for name in WEIGHT_FILES:
-        if (path / name).is_file():
+        if (path / name).is_dir() if name == ORBAX else (path / name).is_file():
             return Checkpoint(path / name)
     raise FileNotFoundError(f"{path}: no checkpoint in this folder: expected one of {', '.join(WEIGHT_FILES)}")
 

@@ -15,7 +15,7 @@ from flaxqwen.convert.checkpoint import Checkpoint, open_checkpoint
 from flaxqwen.convert.dtypes import is_weight_dtype, weight_dtype, weight_dtype_names
 from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.load import match
-from flaxqwen.convert.names import Layout, is_ignored
+from flaxqwen.convert.names import Layout, is_ignored, to_name
 from flaxqwen.convert.names import Path as ParameterPath
 from flaxqwen.convert.progress import Report
 from flaxqwen.convert.quantize import SCALE, Scheme, check_scheme, dequantized, quantized, to_config
@@ -69,7 +69,7 @@ def convert(
     Args:
       src: a folder with a checkpoint of any format, or a file of one.
       dst: a folder; it is made, or is empty, or with `force` has its files replaced and other weights removed.
-      to, format, layout, max_shard_size: see `save_params`.
+      to, format, layout, max_shard_size: see `save_params`. For orbax the names are those of `expected`, if given.
       dtype: what floating tensors are cast to; config.json then says so. Quantized weights come back to this dtype.
       quantize: "int8" or "int4", for Flax's safetensors: the format is in quantize.py, and config.json names it.
       force: replace what is in `dst`.
@@ -97,9 +97,12 @@ def convert(
         source = checkpoint.path.parent
         key = _key(checkpoint, [to, format, layout, str(wanted), max_shard_size, quantize])
         _check_destination(source, dst, key, force)
+        found: Mapping[str, Tensor] = checkpoint.tensors
         if expected is not None:
-            match(checkpoint, expected)
-        tensors = _weights(checkpoint, wanted, quantize, stays=to == "flax" and layout == "checkpoint")
+            matched = match(checkpoint, expected)
+            if to == "orbax":  # which restores the names of the model alone, and all that is there
+                found = {to_name(path): tensor for path, tensor in matched.items()}
+        tensors = _weights(checkpoint.path, found, wanted, quantize, stays=to == "flax" and layout == "checkpoint")
         companions = _read_companions(source, wanted, quantize)
         if dry_run:
             files = plan_weights(tensors, to, format, layout, max_shard_size)
@@ -130,18 +133,20 @@ def _check_destination(source: Path, dst: Path, key: str, force: bool) -> None:
         raise FileExistsError(f"{dst}: the destination is not empty; choose another folder, or --force to replace it")
 
 
-def _weights(checkpoint: Checkpoint, dtype: np.dtype | None, quantize: Scheme | None, stays: bool) -> dict[str, Tensor]:
-    """The tensors to write; `stays`: quantized ones may be written as they are.
+def _weights(
+    path: Path, found: Mapping[str, Tensor], dtype: np.dtype | None, quantize: Scheme | None, stays: bool
+) -> dict[str, Tensor]:
+    """The tensors to write of those found in `path`; `stays`: quantized ones may be written as they are.
 
     Raises:
       CheckpointError: tensors that are no weights (all are listed); weights that are quantized, where that cannot stay.
     """
-    is_quantized = any(name.endswith(SCALE) for name in checkpoint.tensors)
+    is_quantized = any(name.endswith(SCALE) for name in found)
     if is_quantized and quantize is not None:
-        raise CheckpointError(f"{checkpoint.path}: the weights are quantized already; leave out quantize")
+        raise CheckpointError(f"{path}: the weights are quantized already; leave out quantize")
     if is_quantized and dtype is None and not stays:
-        raise CheckpointError(f"{checkpoint.path}: the weights are quantized: give the dtype to bring them back to")
-    tensors: dict[str, Tensor] = dict(checkpoint.tensors)
+        raise CheckpointError(f"{path}: the weights are quantized: give the dtype to bring them back to")
+    tensors = dict(found)
     if dtype is not None:
         tensors = dequantized(tensors)
     wrong = [
@@ -151,7 +156,7 @@ def _weights(checkpoint: Checkpoint, dtype: np.dtype | None, quantize: Scheme | 
     ]
     if wrong:
         few = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise CheckpointError(f"{checkpoint.path}: not supported: {few}; expected {weight_dtype_names()}")
+        raise CheckpointError(f"{path}: not supported: {few}; expected {weight_dtype_names()}")
     if quantize is not None:
         tensors = quantized(tensors, quantize)
     if dtype is None:

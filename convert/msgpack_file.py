@@ -85,7 +85,6 @@ class _Reader:
 
     def __init__(self, file: MappedFile) -> None:
         self.file = file
-        self.data = file.map() if file.size else b""
         self.at = 0
 
     def node(self) -> Any:
@@ -111,7 +110,7 @@ class _Reader:
         if self.at + size > self.file.size:
             raise IndexError(f"{size} bytes expected, the file ends after {self.file.size - self.at}: truncated")
         self.at += size
-        return self.data[self.at - size : self.at]
+        return self.file.read(self.at - size, size)
 
     def _token(self) -> tuple[str, Any]:
         """The kind of the object at this place, and its length or value."""

@@ -14,7 +14,6 @@ from typing import Literal
 
 Path = tuple[str, ...]
 Layout = Literal["checkpoint", "linen"]
-LAYOUTS: tuple[Layout, ...] = ("checkpoint", "linen")
 
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from numpy.typing import DTypeLike
 
@@ -15,14 +14,14 @@ from flaxqwen.convert.checkpoint import SEPARATOR
 from flaxqwen.convert.dtypes import SAFETENSORS_NAME, weight_dtype
 from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.msgpack_file import write_msgpack
-from flaxqwen.convert.names import LAYOUTS, Layout, to_linen, to_name, to_path
+from flaxqwen.convert.names import Layout, to_linen, to_name, to_path
+from flaxqwen.convert.orbax_folder import plan_orbax
 from flaxqwen.convert.progress import Report
 from flaxqwen.convert.safetensors_file import safetensors_header, write_safetensors
-from flaxqwen.convert.staging import WEIGHTS, Staging
+from flaxqwen.convert.staging import ORBAX, WEIGHTS, PlannedFile, Staging
 from flaxqwen.convert.tensors import ArrayTensor, CheckedTensor, Tensor, cast
-from flaxqwen.convert.writer import Writer
 
-Framework = Literal["flax", "pytorch"]
+Framework = Literal["flax", "pytorch", "orbax"]
 Format = Literal["safetensors", "msgpack"]
 STEM = {"flax": "flax_model", "pytorch": "model"}
 DEFAULT_SHARD_SIZE = "5GB"
@@ -43,13 +42,15 @@ def save_params(
     """Write parameters into a folder, which may be there; its weights of the same framework are replaced.
 
     The files are model.safetensors (pytorch), flax_model.safetensors or flax_model.msgpack (flax), or shards with an
-    index as Transformers names them. They take their places when all are whole; an error leaves the folder as it was.
+    index as Transformers names them; or the folder orbax_model, which orbax restores. They take their places when all
+    are whole; an error leaves the folder as it was.
 
     Args:
       params: a nested dict of arrays by parameter path, or a dict of arrays by tensor name. jax arrays come to the
         host one at a time.
       folder: where to; made if need be.
-      to: whose names and files: "pytorch" for what Transformers loads.
+      to: whose names and files: "pytorch" for what Transformers loads, "orbax" for a checkpoint that is restored onto
+        any mesh.
       format: "safetensors", or "msgpack", flax.serialization's, for Flax alone and in one file.
       layout: "checkpoint", or "linen" for Flax's usual leaves with kernels [in, out].
       dtype: what floating tensors are cast to; default: their own.
@@ -62,9 +63,7 @@ def save_params(
       OSError: a file cannot be written.
     """
     folder = Path(folder)
-    other = [name for name in weight_files(folder) if name.startswith("flax_") != (to == "flax")]
-    if other:
-        raise FileExistsError(f"{folder}: holds {other[0]}, which would no longer be the same model; save elsewhere")
+    refuse_others(folder, to)
     tensors: dict[str, Tensor] = {to_name(path): ArrayTensor(array) for path, array in _leaves(params, ())}
     if dtype is not None:
         tensors = {name: cast(tensor, weight_dtype(dtype)) for name, tensor in tensors.items()}
@@ -75,27 +74,19 @@ def save_params(
 
 def check_options(to: str, format: str, layout: str, max_shard_size: int | str | None) -> None:
     """Refuse options that are unknown or do not fit each other."""
-    options = {"to": (to, STEM), "format": (format, ("safetensors", "msgpack")), "layout": (layout, LAYOUTS)}
-    for name, (value, known) in options.items():
+    options = {"to": (to, Framework), "format": (format, Format), "layout": (layout, Layout)}
+    for name, (value, kind) in options.items():
+        known = get_args(kind)
         if value not in known:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
     if to == "pytorch" and (format != "safetensors" or layout != "checkpoint"):
         raise ValueError(f"PyTorch checkpoints are safetensors in the checkpoint's layout, not {format} in {layout}")
+    if to == "orbax" and (format != "safetensors" or layout != "checkpoint" or max_shard_size is not None):
+        raise ValueError("an orbax checkpoint has a file for each tensor: format, layout and shard size do not apply")
     if format == "msgpack" and max_shard_size is not None:
         raise ValueError("max_shard_size does not apply to msgpack, which is one file")
     if max_shard_size is not None:
         parse_size(max_shard_size)
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """A file of weights, or the index of its shards, before it is written.
-
-    nbytes: of the file; of a msgpack, of its tensors alone. content: a function that writes it, or the whole of it.
-    """
-
-    nbytes: int
-    content: Callable[[Writer], None] | bytes
 
 
 def write_weights(
@@ -123,6 +114,8 @@ def plan_weights(
         if tensor.dtype not in SAFETENSORS_NAME:
             raise CheckpointError(f"{name} has dtype {tensor.dtype}, which no checkpoint can hold")
     tensors = {name: CheckedTensor(tensor, name) for name, tensor in tensors.items()}
+    if to == "orbax":
+        return plan_orbax({to_path(name): tensor for name, tensor in tensors.items()})
     if to == "pytorch":
         return plan_shards(STEM[to], tensors, {"format": "pt"}, max_shard_size)
     leaves = dict(_flax_leaf(name, tensor, layout) for name, tensor in tensors.items())
@@ -201,9 +194,15 @@ def counter(tensors: Mapping[str, Tensor], progress: Report | None) -> Callable[
     return count_bytes
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of the files in a folder that hold weights."""
-    return sorted(p.name for p in folder.iterdir() if WEIGHTS.fullmatch(p.name)) if folder.is_dir() else []
+def refuse_others(folder: Path, to: Framework) -> None:
+    """FileExistsError where a folder holds weights of another framework than those that are to be written."""
+    starts = {"flax": "flax_", "orbax": ORBAX}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        found = next((framework for framework, start in starts.items() if path.name.startswith(start)), "pytorch")
+        if WEIGHTS.fullmatch(path.name) and found != to:
+            raise FileExistsError(
+                f"{folder}: holds {path.name}, which would no longer be the same model; save elsewhere"
+            )
 
 
 def _flax_leaf(name: str, tensor: Tensor, layout: Layout) -> tuple[tuple[str, ...], Tensor]:

@@ -22,16 +22,19 @@ class Counter:
 def read_box(tensor: StoredTensor, box: Box, counter: Counter | None = None) -> np.ndarray:
     """The values in a box as a fresh array; of the file, only its bytes are read.
 
-    A tensor whose values are in another order than the file's (Flax's usual kernels, some pickles) comes through the
-    mapped file, whose pages are read when they are touched.
+    Of a tensor in a stranger order than reversed axes, as some pickles have, all of it is.
     """
+    if tensor.is_transposed:  # Flax's usual kernels
+        return np.ascontiguousarray(read_box(tensor.T, box[::-1], counter).T)
     shape = tuple(stop - start for start, stop in box)
     out = np.empty(shape, tensor.dtype)
     if counter is not None:
         counter.nbytes += out.nbytes
-    if tensor.strides is not None or (tensor.is_transposed and len(shape) > 1):
-        out[...] = tensor.view()[tuple(slice(*ends) for ends in box)]
-        tensor.release()
+    if tensor.strides is not None:
+        whole = np.empty(tensor.shape, tensor.dtype)
+        for _ in tensor.chunks(whole.reshape(-1)):
+            pass
+        out[...] = whole[tuple(slice(*ends) for ends in box)]
         return out
     flat = out.reshape(-1).view(np.uint8)
     done = 0

@@ -5,23 +5,42 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from flaxqwen.convert.checksums import CHECKSUMS, Sum, encode, from_json, sum_of_file, to_json
 from flaxqwen.convert.writer import Writer
 
-# A file that holds weights, or the index of its shards.
-WEIGHTS = re.compile(r"(flax_|pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin|msgpack)(\.index\.json)?")
+ORBAX = "orbax_model"  # the folder of an orbax checkpoint, beside config.json
+
+# A file that holds weights, or the index of its shards; or the folder that does.
+WEIGHTS = re.compile(
+    rf"(flax_|pytorch_)?model(-\d{{5}}-of-\d{{5}})?\.(safetensors|bin|msgpack)(\.index\.json)?|{ORBAX}"
+)
 
 TEMPORARY = ".{}.flaxqwen"
 JOURNAL = TEMPORARY.format("journal")
 _TEMPORARY = re.compile(r"\..+\.flaxqwen")
 
 
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file of a checkpoint, before it is written.
+
+    nbytes: of the file; of a msgpack, of its tensors alone. content: a function that writes it, or the whole of it.
+    """
+
+    nbytes: int
+    content: Callable[[Writer], None] | bytes
+
+
 class Staging:
     """Writes files of a folder under temporary names; `commit` gives them their own, all at the end.
+
+    A file "a/b" of a folder in the folder lies in a temporary folder, which takes the place of "a" as a whole.
 
     On any error before, the temporaries are removed and the folder is as it was, or is not there if it was not. A
     process that is killed leaves its temporaries, and a journal of the sums of those that are finished. The next one
@@ -49,6 +68,10 @@ class Staging:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._created = missing
         self._finished = read_journal(self.folder, self._key)
+        if not self._finished:  # what lies in a temporary folder would go with it
+            for path in self.folder.glob(TEMPORARY.format("*")):
+                if path.is_dir():
+                    shutil.rmtree(path)
         return self
 
     @property
@@ -77,15 +100,16 @@ class Staging:
         for path in list(self.folder.glob("*.index.json")):
             if WEIGHTS.fullmatch(path.name):
                 path.unlink()
-        for name in self._written:
-            if self._temporary(name).exists():  # or it was in its place already
-                os.replace(self._temporary(name), self.folder / name)
+        tops = dict.fromkeys(map(_top, self._written))
+        for top in tops:
+            if self._temporary(top).exists():  # or it was in its place already
+                self._put(top)
         self._is_committed = True
         for path in list(self.folder.iterdir()):
             is_ours = WEIGHTS.fullmatch(path.name) or path.name == CHECKSUMS
-            is_stale = is_ours and path.name not in self._written
+            is_stale = is_ours and path.name not in tops
             if is_stale or (_TEMPORARY.fullmatch(path.name) and path.name != JOURNAL):
-                path.unlink()
+                _remove(path)
         _sync_folder(self.folder)
         (self.folder / JOURNAL).unlink(missing_ok=True)  # the last: without it, all is in its place
 
@@ -94,8 +118,8 @@ class Staging:
     ) -> None:
         if self._is_committed:
             return
-        for name in {*self._written, *self._finished}:
-            self._temporary(name).unlink(missing_ok=True)
+        for top in set(map(_top, (*self._written, *self._finished))):
+            _remove(self._temporary(top))
         # Where a killed process has begun to put files in their places, they are told by the journal alone.
         if not any((self.folder / name).exists() for name in self._finished):
             (self.folder / JOURNAL).unlink(missing_ok=True)
@@ -104,6 +128,7 @@ class Staging:
 
     def _write(self, name: str, fill: Callable[[Writer], None]) -> None:
         self._written.append(name)
+        self._temporary(name).parent.mkdir(parents=True, exist_ok=True)
         writer = Writer(self._temporary(name), self.folder / name, self._report)
         is_complete = False
         try:
@@ -120,13 +145,28 @@ class Staging:
             return False
         for path in (self._temporary(name), self.folder / name):
             if path.is_file() and path.stat().st_size == wanted.nbytes and sum_of_file(path) == wanted:
-                if path.name == name:
+                if path == self.folder / name:
                     self._temporary(name).unlink(missing_ok=True)
                 self._written.append(name)
                 self._sums[name] = wanted
                 self._report(wanted.nbytes)
                 return True
         return False
+
+    def _put(self, top: str) -> None:
+        """Put a file, or a folder, in its place."""
+        temporary, place = self._temporary(top), self.folder / top
+        if temporary.is_dir():
+            for name in self._written:
+                if _top(name) == top and not self._temporary(name).exists():  # taken over where it is
+                    os.replace(self.folder / name, self._temporary(name))
+            for folder in (temporary, *filter(Path.is_dir, temporary.rglob("*"))):
+                _sync_folder(folder)
+        if place.is_dir():  # os.replace takes no folder that has files
+            old = self._temporary(f"old-{top}")
+            _remove(old)
+            os.replace(place, old)
+        os.replace(temporary, place)
 
     def _save_journal(self) -> None:
         """Note what is finished; the file is always a whole one."""
@@ -138,7 +178,8 @@ class Staging:
         os.replace(temporary, self.folder / JOURNAL)
 
     def _temporary(self, name: str) -> Path:
-        return self.folder / TEMPORARY.format(name)
+        top, _, rest = name.partition("/")
+        return self.folder / TEMPORARY.format(top) / rest
 
 
 def read_journal(folder: Path, key: str | None) -> dict[str, Sum]:
@@ -152,9 +193,23 @@ def read_journal(folder: Path, key: str | None) -> dict[str, Sum]:
 
 def is_occupied(folder: Path, besides: Collection[str] = ()) -> bool:
     """Whether a folder holds anything but what a killed process left: temporaries, and files `besides`."""
+    tops = set(map(_top, besides))
     return folder.is_dir() and any(
-        not _TEMPORARY.fullmatch(path.name) and path.name not in besides for path in folder.iterdir()
+        not _TEMPORARY.fullmatch(path.name) and path.name not in tops for path in folder.iterdir()
     )
+
+
+def _top(name: str) -> str:
+    """What stands in the folder itself of a file's name."""
+    return name.partition("/")[0]
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -40,7 +40,7 @@ from flaxqwen.models.heads import (
 )
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
 from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration, Qwen2AudioModel
-from flaxqwen.native import is_native, restore_native
+from flaxqwen.native import restore_native
 from flaxqwen.quantization import quantization_of, quantize_params
 from flaxqwen.sharding import Sharding, module_sharding
 
@@ -145,14 +145,9 @@ class _AutoModel:
         scheme, config = quantization_of(folder, config, quantize)
         # A hub's folder is named by its commit: the weights are those that the config came with.
         folder = resolve_folder(pretrained_model_name_or_path, revision=folder.name, **where)
-        if is_native(folder):
-            if scheme is not None:
-                raise ValueError(f"{folder}: an orbax checkpoint is of plain weights: leave out quantize")
-            config = dataclasses.replace(config, dtype=np.dtype(wanted or jnp.float32).name)
-            module = cls.module_of(config, np.dtype(config.dtype), mesh, mesh_axes)
-            params = restore_native(folder, param_shapes(module), np.dtype(config.dtype), module_sharding(module))
-            return Model(module, params, config, _generation_config(folder, config))
         with open_checkpoint(folder) as checkpoint:
+            if checkpoint.format == "orbax" and scheme is not None:
+                raise ValueError(f"{folder}: an orbax checkpoint is of plain weights: leave out quantize")
             wanted = wanted or _stored_dtype(checkpoint)
             config = dataclasses.replace(cls._untied(config, checkpoint), dtype=np.dtype(wanted).name)
             module = cls.module_of(config, wanted, mesh, mesh_axes)
@@ -365,6 +360,8 @@ def _load(
 ) -> tuple[Params, list[str]]:
     """The module's parameters from a checkpoint, and the names of those of a new head, where it has none."""
     shapes, sharding = param_shapes(module), module_sharding(module)
+    if checkpoint.format == "orbax":
+        return restore_native(checkpoint.path, shapes, np.dtype(dtype), sharding), []
     shapes = shapes if sharding is None else sharding.stored_shapes(shapes)
     if scheme is not None:
         shapes = quantized_shapes(shapes, scheme)

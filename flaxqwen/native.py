@@ -17,23 +17,12 @@ from jax.sharding import SingleDeviceSharding
 from flaxqwen.convert.errors import CheckpointError
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.names import to_name
+from flaxqwen.convert.orbax_folder import ORBAX, import_orbax
+from flaxqwen.convert.save import refuse_others
 from flaxqwen.sharding import Sharding
 
-FOLDER = "orbax_model"  # beside config.json
-
-
-def import_orbax() -> Any:
-    """orbax.checkpoint, which takes 1.2 s, and is wanted by few."""
-    try:
-        import orbax.checkpoint
-    except ImportError:
-        raise ImportError("orbax checkpoints need orbax: pip install 'flaxqwen[orbax]'") from None
-    return orbax.checkpoint
-
-
-def is_native(folder: Path) -> bool:
-    """Whether a model's folder holds its weights as an orbax checkpoint."""
-    return (folder / FOLDER).is_dir()
+# So that `flaxqwen convert` reads what is written here in little memory: by default a shard is one compressed chunk.
+CHUNK_BYTES = 1 << 24
 
 
 def save_native(params: Mapping[str, Any], folder: Path, sharding: Sharding | None = None) -> Callable[[], None]:
@@ -48,10 +37,14 @@ def save_native(params: Mapping[str, Any], folder: Path, sharding: Sharding | No
 
     Raises:
       ImportError: orbax is not installed.
+      FileExistsError: the folder holds weights of another framework, which would be stale.
     """
-    checkpointer = import_orbax().StandardCheckpointer()
+    orbax = import_orbax()
+    refuse_others(folder, "orbax")
+    checkpointer = orbax.StandardCheckpointer()
     tree = dict(params) if sharding is None else sharding.undo_heads(params)
-    checkpointer.save((folder / FOLDER).absolute(), tree, force=True)
+    chunks = jax.tree.map(lambda _: orbax.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    checkpointer.save((folder / ORBAX).absolute(), tree, save_args=chunks, force=True)
 
     def wait() -> None:
         try:
@@ -63,9 +56,9 @@ def save_native(params: Mapping[str, Any], folder: Path, sharding: Sharding | No
 
 
 def restore_native(
-    folder: Path, shapes: Mapping[ParamPath, tuple[int, ...]], dtype: np.dtype, sharding: Sharding | None = None
+    path: Path, shapes: Mapping[ParamPath, tuple[int, ...]], dtype: np.dtype, sharding: Sharding | None = None
 ) -> dict[str, Any]:
-    """The parameters in a model's folder, straight onto the devices; each process reads what it needs.
+    """The parameters of an orbax checkpoint, straight onto the devices; each process reads what it needs.
 
     Args:
       shapes: of every parameter, as it is on the mesh.
@@ -75,7 +68,7 @@ def restore_native(
       CheckpointError: parameters are missing, unexpected or wrongly shaped: all are listed.
       ImportError: orbax is not installed.
     """
-    path = (folder / FOLDER).absolute()
+    path = path.absolute()
     wanted = dict(shapes) if sharding is None else sharding.stored_shapes(shapes)
     with import_orbax().StandardCheckpointer() as checkpointer:
         stored = flax.traverse_util.flatten_dict(checkpointer.metadata(path).item_metadata.tree)

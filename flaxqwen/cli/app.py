@@ -65,6 +65,7 @@ def _options(
         "flaxqwen convert qwen-flax qwen-pytorch --to pytorch --max-shard-size 2GB",
         "flaxqwen convert qwen-pytorch qwen-linen --layout linen --format msgpack --dtype float32",
         "flaxqwen convert Qwen/Qwen2.5-7B-Instruct qwen-int8 --quantize int8",
+        "flaxqwen convert Qwen/Qwen2.5-72B-Instruct qwen-orbax --to orbax",
         "flaxqwen convert --check qwen-flax",
     ),
 )
@@ -73,7 +74,9 @@ def _convert(
     dst: Annotated[
         Path | None, typer.Argument(metavar="DST", help="A folder, which is made.", show_default=False)
     ] = None,
-    to: Annotated[Literal["flax", "pytorch"], typer.Option(help="Whose names and files.")] = "flax",
+    to: Annotated[
+        Literal["flax", "pytorch", "orbax"], typer.Option(help="Whose names and files; orbax restores onto any mesh.")
+    ] = "flax",
     format: Annotated[Literal["safetensors", "msgpack"], typer.Option(help="Of Flax's files.")] = "safetensors",
     layout: Annotated[
         Literal["checkpoint", "linen"],
@@ -95,7 +98,7 @@ def _convert(
         bool, typer.Option("--check", help="Convert nothing: read SRC whole, and compare with its checksums.json.")
     ] = False,
 ) -> None:
-    """Convert a checkpoint between PyTorch and Flax.
+    """Convert a checkpoint between PyTorch, Flax and orbax.
 
     Weights keep their values byte for byte (but for --dtype and --quantize); config and tokenizer go with them. A
     checkpoint that does not fit its config.json is refused. Files appear when all are complete; if the process is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ def convert_model(src: str, dst: Path, dry_run: bool = False, **options: Any) ->
     seconds = time.perf_counter() - started
     end = ", not written" if dry_run else f", in {seconds:.1f} s"
     print(f"{dst}: {len(sizes)} files, {format_bytes(sum(sizes.values()))}{end}")
-    for name, size in sorted(sizes.items()):
-        print(f"  {name:<{max(map(len, sizes))}}  {format_bytes(size):>8}")
+    shown: Counter[str] = Counter()
+    for name, size in sizes.items():
+        shown[name.partition("/")[0]] += size  # a folder, which may hold hundreds of files, on one line
+    for name, size in sorted(shown.items()):
+        print(f"  {name:<{max(map(len, shown))}}  {format_bytes(size):>8}")
 
 
 def check_model(folder: Path) -> None:

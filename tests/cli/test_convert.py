@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
+import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from flaxqwen import AutoModelForCausalLM
 from flaxqwen.cli.convert import expected_shapes
-from flaxqwen.convert import to_name
+from flaxqwen.convert import CheckpointError, convert, open_checkpoint, to_name, to_path
+from flaxqwen.convert.orbax_folder import plan_orbax
 from tests.cli.conftest import Run, assert_refused
 from tests.cli.test_app import change_config
 from tests.convert.samples import save_sparse
@@ -54,6 +62,25 @@ def test_round_trip_is_byte_identical(run: Run, random_model: Path, tmp_path: Pa
         assert (ours[name].dtype, ours[name].tobytes()) == (tensor.dtype, tensor.tobytes())
     for path in random_model.iterdir():
         assert (back / path.name).is_file()
+
+
+def test_orbax_there_and_back(run: Run, copied: Path, tmp_path: Path):
+    """A model that is not tied, whatever its config says: from_pretrained finds its head in orbax's folder, too."""
+    pytest.importorskip("orbax.checkpoint", reason="pip install 'flaxqwen[orbax]'")
+    change_config(copied, tie_word_embeddings=True)
+    orbax, back = tmp_path / "orbax", tmp_path / "back"
+    result = run("convert", copied, orbax, "--to", "orbax")
+    assert result.code == 0, result.err
+    assert re.search(r"^  orbax_model +\d+\.\d kB$", result.out, re.MULTILINE)
+    assert f"{orbax}: 27 tensors as the config says, " in run("convert", "--check", orbax).out
+    assert run("convert", orbax, back, "--to", "pytorch").code == 0
+    assert (back / WEIGHTS).read_bytes() == (copied / WEIGHTS).read_bytes()
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (copied, orbax)]
+    assert not models[1].config.tie_word_embeddings
+    assert jax.tree.all(jax.tree.map(np.array_equal, *(model.params for model in models)))
+    ours, theirs = (run("generate", folder, "--ids", "1 2 3", "--max-new-tokens", "4") for folder in (orbax, copied))
+    assert (ours.code, ours.out) == (0, theirs.out)
+    assert_refused(run("convert", copied, tmp_path / "int8", "--to", "orbax", "--quantize", "int8"), "quantized")
 
 
 def test_prints_what_is_there_now(run: Run, random_model: Path, tmp_path: Path):
@@ -202,17 +229,49 @@ def test_checks_what_it_wrote(run: Run, random_model: Path, tmp_path: Path):
     assert_refused(run("convert", random_model), "say where to")
 
 
+def save_sparse_orbax(folder: Path) -> None:
+    """The checkpoint in src as one of orbax, whose values are holes."""
+    with open_checkpoint(folder / "src") as checkpoint:
+        tensors = {to_path(name): tensor for name, tensor in checkpoint.tensors.items()}
+    (folder / "orbax").mkdir()
+    shutil.copy(folder / "src/config.json", folder / "orbax")
+    for name, file in plan_orbax(tensors).items():
+        path = folder / "orbax" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.content if isinstance(file.content, bytes) else b"")
+        os.truncate(path, file.nbytes)
+
+
+# Options of a direction -> (bytes of its weights over those of the source, its files).
+DIRECTIONS: list[tuple[dict[str, Any], float, int]] = [
+    ({"to": "pytorch"}, 1, 33),
+    ({"layout": "linen"}, 1, 33),
+    ({"format": "msgpack"}, 1, 2),
+    ({"dtype": "float32"}, 2, 66),
+    ({"quantize": "int8"}, 0.5, 17),
+    ({"quantize": "int4"}, 0.2737, 11),
+    ({"to": "orbax"}, 1, 2 * 963 + 3),  # two a tensor, two of the tree, config.json
+]
+
+
 def test_a_dry_run_of_72b_reads_headers_alone(run: Run, shared: Path, tmp_path: Path):
     """The real config, in 37 shards that are holes: 145 GB that are nowhere."""
     config = shared / "data/configs/Qwen2.5-72B-Instruct/config.json"
-    shapes = {to_name(path): shape for path, shape in expected_shapes(config).items()}
-    save_sparse(tmp_path / "src", shapes, shards=37)
+    expected = expected_shapes(config)
+    save_sparse(tmp_path / "src", {to_name(path): shape for path, shape in expected.items()}, shards=37)
     (tmp_path / "src/config.json").write_bytes(config.read_bytes())
     result = run("convert", tmp_path / "src", tmp_path / "dst", "--dry-run", "--max-shard-size", "10GB")
     assert result.code == 0, result.err
     assert f"{tmp_path / 'dst'}: 17 files, 145.4 GB, not written" in result.out
+    nbytes = 2 * sum(math.prod(shape) for shape in expected.values())
+    for options, ratio, files in DIRECTIONS:
+        sizes = convert(tmp_path / "src", tmp_path / "dst", expected=expected, dry_run=True, **options)
+        assert len(sizes) == files, options
+        assert sum(sizes.values()) == pytest.approx(ratio * nbytes, rel=0.01), options
+    if importlib.util.find_spec("tensorstore"):
+        save_sparse_orbax(tmp_path)
+        assert len(convert(tmp_path / "orbax", tmp_path / "dst", to="pytorch", expected=expected, dry_run=True)) == 33
     assert not (tmp_path / "dst").exists()
-    change_config(tmp_path / "src", num_hidden_layers=81)
-    assert_refused(
-        run("convert", tmp_path / "src", tmp_path / "dst", "--dry-run"), "missing model.layers.80.mlp.up_proj.weight"
-    )
+    del expected["model", "norm", "weight"]
+    with pytest.raises(CheckpointError, match=r"unexpected model\.norm\.weight \[8192\]"):
+        convert(tmp_path / "src", tmp_path / "dst", expected=expected, dry_run=True)

@@ -61,7 +61,8 @@ print(kill_at - 1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def src(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
-@pytest.mark.parametrize("options", [OPTIONS, {"format": "msgpack"}], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS, {"format": "msgpack"}, {"to": "orbax"}], ids=str)
 def test_a_kill_before_any_operation_changes_nothing(tmp_path: Path, src: Path, options: dict):
     convert(src, tmp_path / "undisturbed", **options)
     expected = contents(tmp_path / "undisturbed")
@@ -86,17 +87,18 @@ def test_a_kill_before_any_operation_changes_nothing(tmp_path: Path, src: Path, 
         assert contents(tmp_path / f"dst{kill}") == expected, kill
 
 
-def test_finished_files_are_taken_over(tmp_path: Path, src: Path):
-    die_late(tmp_path, src)
+@pytest.mark.parametrize("options", [OPTIONS, {"to": "orbax", "dtype": "float32"}], ids=str)
+def test_finished_files_are_taken_over(tmp_path: Path, src: Path, options: dict):
+    die_late(tmp_path, src, options)
     dst = tmp_path / "dst"
     finished = json.loads((dst / JOURNAL).read_text())["files"]
-    inodes = {name: (dst / f".{name}.flaxqwen").stat().st_ino for name in finished if "model" in name}
+    paths = {name: temporary(dst, name) for name in finished if "model" in name and "json" not in name}
+    inodes = {name: path.stat().st_ino for name, path in paths.items()}
     assert len(inodes) > 1
     broken, *kept = inodes
-    path = dst / f".{broken}.flaxqwen"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")  # the size stays
+    paths[broken].write_bytes(paths[broken].read_bytes()[:-1] + b"x")  # the size stays
     seen: list[tuple[int, int]] = []
-    convert(src, dst, progress=lambda *done: seen.append(done), **OPTIONS)
+    convert(src, dst, progress=lambda *done: seen.append(done), **options)
     assert all((dst / name).stat().st_ino == inodes[name] for name in kept)
     assert_same(read_all(dst), {name: tensor.astype(np.float32) for name, tensor in random_tensors().items()})
     assert seen == sorted(seen)
@@ -121,14 +123,52 @@ def test_other_work_begins_anew(tmp_path: Path, src: Path, change: str):
     assert not [name for name in contents(dst) if name.startswith(".")]
 
 
-def die_late(folder: Path, src: Path) -> None:
-    """A conversion into dst that is killed near its end."""
+def test_a_folder_is_that_of_one_conversion(tmp_path: Path, src: Path):
+    """What a killed process has left in a temporary folder does not get into another checkpoint."""
+    die_late(tmp_path, src, {"to": "orbax"})
+    other = {name: tensor for name, tensor in random_tensors(seed=1).items() if "layers.1" not in name}
+    save_params(other, tmp_path / "other", to="pytorch")
+    convert(tmp_path / "other", tmp_path / "dst", to="orbax")
+    check(tmp_path / "dst")
+    assert_same(read_all(tmp_path / "dst"), other)
+
+
+def test_a_file_that_breaks_in_its_place_is_written_again(tmp_path: Path, src: Path):
+    """A process is killed once the folder has its name, and a file of it breaks before the next."""
+    options = {"to": "orbax"}
+    convert(src, tmp_path / "undisturbed", **options)
+    command = [sys.executable, "-c", KILL_AT_END, str(src), repr(options)]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 9
+    path = tmp_path / "dst/orbax_model/model.norm.weight/c.0"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    convert(src, tmp_path / "dst", **options)
+    assert contents(tmp_path / "dst") == contents(tmp_path / "undisturbed")
+
+
+KILL_AT_END = """
+import os, sys
+from flaxqwen.convert import convert, staging
+staging._sync_folder = lambda folder: folder.name != "dst" or os._exit(9)
+convert(sys.argv[1], "dst", **eval(sys.argv[2]))
+"""
+
+
+def temporary(folder: Path, name: str) -> Path:
+    top, _, rest = name.partition("/")
+    return folder / f".{top}.flaxqwen" / rest
+
+
+def die_late(folder: Path, src: Path, options: dict = OPTIONS) -> None:
+    """A conversion into dst that is killed once it has finished some files."""
     code = """
 import os, sys
 from flaxqwen.convert import convert
-convert(sys.argv[1], "dst", progress=lambda done, total: done < 0.8 * total or os._exit(9), **eval(sys.argv[2]))
+from flaxqwen.convert.staging import Staging
+save = Staging._save_journal
+Staging._save_journal = lambda staging: (save(staging), len(staging.sizes) > 7 and os._exit(9))
+convert(sys.argv[1], "dst", **eval(sys.argv[2]))
 """
-    command = [sys.executable, "-c", code, str(src), repr(OPTIONS)]
+    command = [sys.executable, "-c", code, str(src), repr(options)]
     assert subprocess.run(command, cwd=folder, check=False).returncode == 9
 
 
