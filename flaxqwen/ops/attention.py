@@ -172,7 +172,8 @@ def _attend_by_head(query: jax.Array, key: jax.Array, value: jax.Array, visible:
         row, n = index // N, index % N
         q, k, v = query[row, :, n] * H**-0.5, key[row, n], value[row, n]
         scores = jnp.where(visible[row], jnp.matmul(q, k.T), MASKED)
-        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         return jnp.matmul(weights, v) / weights.sum(axis=-1, keepdims=True)
 
-    return jax.lax.map(head, jnp.arange(B * N)).reshape(B, N, T, H).swapaxes(1, 2)
+    # In a gradient the scores of each head are computed again.
+    return jax.lax.map(jax.checkpoint(head), jnp.arange(B * N)).reshape(B, N, T, H).swapaxes(1, 2)
