@@ -103,7 +103,7 @@ def make_optimizer(
 
 
 def _decays(trainable: Variables) -> Any:
-    """Whether each leaf decays; vectors do not, nor those of stacked layers, nor a table of positions, which is fixed."""
+    """Whether each leaf decays: no vector, nor those of stacked layers, nor a table of positions, which is fixed."""
 
     def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         is_vector = path[-1].key == "bias" or path[-2].key.endswith("norm")

@@ -47,9 +47,8 @@ class Qwen2AudioAttention(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        linear = partial(
-            Linear, config.d_model, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype
-        )
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        linear = partial(Linear, config.d_model, stddev=config.initializer_range, by_rows=True, **dtypes)
         self.q_proj, self.v_proj, self.out_proj = (linear(use_bias=True) for _ in range(3))
         self.k_proj = linear()
         self.dropout = nn.Dropout(config.attention_dropout)
@@ -86,8 +85,9 @@ class Qwen2AudioEncoderLayer(nn.Module):
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         linear = partial(
-            Linear, use_bias=True, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype
-        )
+            Linear, use_bias=True, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype,
+            by_rows=True,
+        )  # fmt: skip
         self.self_attn_layer_norm = LayerNorm(LAYER_NORM_EPS, self.param_dtype)
         self.self_attn = Qwen2AudioAttention(config, *dtypes, self.sharding)
         self.final_layer_norm = LayerNorm(LAYER_NORM_EPS, self.param_dtype)
@@ -392,7 +392,7 @@ def take_audio(index: jax.Array, audio_features: jax.Array, embeds: jax.Array) -
 
 
 def visible_labels(labels: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
-    """labels [..., T], where a mask of as many axes, [..., M], does not hide the token; -100 there, as in Transformers."""
+    """labels [..., T], but -100 where a mask of as many axes, [..., M], hides the token, as in Transformers."""
     if attention_mask is None or attention_mask.ndim != labels.ndim:
         return labels
     return jnp.where(attention_mask[..., -labels.shape[-1] :] != 0, labels, IGNORE_INDEX)
