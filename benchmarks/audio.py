@@ -4,8 +4,10 @@
 
 The audio tower has 32 layers of width 1280, with random weights; the decoder is small. Errors are of clips from 0.1 s
 to 30 s in four rows, one of them without a clip, padded on either side, in float32: largest error over largest value.
-A clip of 30 s is timed by turns, Transformers with both of its kinds of attention, and one of 11 s, which generate()
-takes as 15 s and Transformers as 30 s; so are the features of a waveform. Medians are given. The last line is JSON.
+Those of the encoder, the projector and the merged embeddings are of all positions, and once more, "cut", of as many as
+generate() computes for each clip alone. A clip of 30 s is timed by turns, Transformers with both of its kinds of
+attention, and one of 11 s, which generate() takes as 15 s and Transformers as 30 s; so are the features of a waveform.
+Medians are given. The last line is JSON.
 6 GB of memory.
 """
 
@@ -26,7 +28,9 @@ import numpy as np
 
 from flaxqwen import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, log_mel
 from flaxqwen.convert import to_path
+from flaxqwen.generation.audio import positions_for
 from flaxqwen.models.audio_inputs import expand_audio_tokens, tokens_of
+from flaxqwen.models.qwen2_audio import audio_positions
 
 SECONDS = (0.1, 30.0, 1.0, 7.3)
 CLIPS = (2, 0, 1, 1)  # of each row
@@ -90,27 +94,77 @@ def error(ours: Any, theirs: Any, where: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def parity(theirs: Any, module: Any, params: Any, features: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """The largest errors of the projected audio and of the logits, over both sides of padding."""
+@partial(jax.jit, static_argnames=("module", "positions"))
+def encode(
+    module: Any, params: Any, features: Any, frames: Any, *, positions: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(what the encoder gives, what the projector makes of it), over so many positions (None: all)."""
+
+    def run(model: Any) -> tuple[jax.Array, jax.Array]:
+        inner, count = model.model, positions or model.config.audio_config.max_source_positions
+        encoded = inner.audio_tower.forward(features, audio_positions(frames, count), True, positions=positions)
+        return encoded.last_hidden_state, inner.encode(features, frames, positions=positions)
+
+    return module.apply({"params": params}, method=run)
+
+
+def captured(theirs: Any, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What Transformers' modules give for inputs."""
     import torch
 
-    encode = jax.jit(partial(module.apply, method="encode"))
+    found: dict[str, Any] = {}
+    inner = theirs.model
+    hooks = [
+        inner.audio_tower.register_forward_hook(lambda m, i, out: found.update(encoder=out.last_hidden_state)),
+        inner.multi_modal_projector.register_forward_hook(lambda m, i, out: found.update(projector=out)),
+        inner.language_model.register_forward_pre_hook(
+            lambda m, i, named: found.update(merged=named["inputs_embeds"]), with_kwargs=True
+        ),
+    ]
+    given = {name: torch.from_numpy(np.array(a, np.float32 if a.ndim == 3 else np.int64)) for name, a in inputs.items()}
+    with torch.no_grad():
+        found["logits"] = theirs(**given).logits
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def parity(theirs: Any, module: Any, params: Any, features: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
+    """The largest errors of encoder, projector, merged embeddings and logits, over both sides of padding."""
+    whole = module.config.audio_config.max_source_positions
     forward = jax.jit(lambda params, inputs: module.apply({"params": params}, **inputs).logits)
-    found: dict[str, list[float]] = {"audio": [], "logits": []}
+    merge = jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs, method=merged))
+    errors: dict[str, float] = {}
+
+    def note(name: str, ours: Any, wanted: Any, where: np.ndarray) -> None:
+        errors[name] = max(errors.get(name, 0.0), error(ours, wanted, where))
+
     for side in ("left", "right"):
         inputs = make_inputs(rng, features, side)
-        captured: list[Any] = []
-        hook = theirs.model.multi_modal_projector.register_forward_hook(lambda m, i, o, kept=captured: kept.append(o))
-        with torch.no_grad():
-            given = {name: torch.from_numpy(np.array(a, np.float32 if a.ndim == 3 else np.int64))
-                     for name, a in inputs.items()}  # fmt: skip
-            logits = theirs(**given).logits
-        hook.remove()
-        frames = inputs["feature_attention_mask"]
-        valid = np.arange(captured[0].shape[1]) < tokens_of(frames)[:, None]
-        found["audio"].append(error(encode({"params": params}, features, frames), captured[0], valid))
-        found["logits"].append(error(forward(params, inputs), logits, inputs["attention_mask"].astype(bool)))
-    return {name: max(errors) for name, errors in found.items()}
+        wanted, frames = captured(theirs, inputs), inputs["feature_attention_mask"]
+        valid = np.arange(whole // 2) < tokens_of(frames)[:, None]
+        visible = inputs["attention_mask"].astype(bool)
+        note("logits", forward(params, inputs), wanted["logits"], visible)
+        if side == "right":
+            continue  # the encoder does not see it
+        cut = [np.zeros(wanted[name].shape, np.float32) for name in ("encoder", "projector")]
+        for clip in range(len(frames)):
+            part = slice(clip, clip + 1)
+            count = positions_for(int(frames[clip].sum()), whole)
+            for array, own in zip(
+                cut, encode(module, params, features[part], frames[part], positions=count), strict=True
+            ):
+                array[clip, : count // 2] = own[0]
+        for kind, arrays in (("", encode(module, params, features, frames)), (", cut", cut)):
+            for name, array in zip(("encoder", "projector"), arrays, strict=True):
+                note(name + kind, array, wanted[name], valid)
+            note("merged" + kind, merge(params, inputs["input_ids"], arrays[1], frames), wanted["merged"], visible)
+    return errors
+
+
+def merged(module: Any, ids: jax.Array, audio: jax.Array, frames: jax.Array) -> jax.Array:
+    """As Qwen2AudioModel.merge."""
+    return module.model.merge(ids, audio, frames)
 
 
 def by_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -9,7 +9,8 @@ On a mesh the arrays say where they lie, and the module's own constraints do the
 repeated, the checkpoint's parameters are trained (assemble_params). The dtype of the arithmetic is the module's:
 `module.clone(dtype=jnp.bfloat16)` computes in bfloat16 with float32 weights.
 
-Axes: A accumulated micro-batches, B batch, T tokens, D model, V vocabulary, L layers.
+Axes: A accumulated micro-batches, B batch, T tokens, C clips, W mel bins, F mel frames, P vectors of a clip, D model,
+V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ import optax
 from flaxqwen.lora import LoraConfig, make_variables
 from flaxqwen.models.losses import IGNORE_INDEX, cross_entropy
 from flaxqwen.models.qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, make_visibility, token_slots
+from flaxqwen.models.qwen2_audio import (
+    Qwen2AudioEncoderLayer,
+    Qwen2AudioForConditionalGeneration,
+    all_to_all,
+    audio_positions,
+    visible_labels,
+)
 from flaxqwen.ops.linear import Linear
 from flaxqwen.ops.rotary import rotary_embedding
 from flaxqwen.sharding import module_sharding
@@ -44,6 +52,7 @@ POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "segment_ids")
+AUDIO_INPUTS = ("input_features", "feature_attention_mask")
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -95,11 +104,11 @@ def make_optimizer(
 
 
 def _decays(trainable: Variables) -> Any:
-    """Whether each leaf decays; vectors do not, nor those of stacked layers."""
+    """Whether each leaf decays: no vector, nor those of stacked layers, nor a table of positions, which is fixed."""
 
     def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         is_vector = path[-1].key == "bias" or path[-2].key.endswith("norm")
-        return not is_vector and leaf.ndim > 1
+        return not is_vector and leaf.ndim > 1 and path[-2].key != "embed_positions"
 
     return jax.tree_util.tree_map_with_path(decays, trainable)
 
@@ -115,7 +124,8 @@ def make_train_step(
     """A pure step of training, to be jitted with the state donated.
 
     Args:
-      module: its dtype is that of the arithmetic. With layers stacked by stack_layers they run in a scan.
+      module: Qwen2ForCausalLM or Qwen2AudioForConditionalGeneration; its dtype is that of the arithmetic. With layers
+        stacked by stack_layers they run in a scan.
       remat: what is kept of each layer: all ("none"), the products with weights ("dots"), or its input ("full").
       loss_chunk: tokens whose logits are in memory at a time.
       assemble: from what is trained and what is frozen to what the module is applied to. Default: assemble_params(...);
@@ -123,21 +133,27 @@ def make_train_step(
 
     Returns:
       step(state, batch, frozen={}) -> (state, metrics). The batch has input_ids and labels, and may have segment_ids,
-      position_ids and attention_mask, each [B, T]; or [A, B, T], to sum the gradients of A micro-batches. Labels are
-      moved by one in the loss and -100 is ignored; the loss is the mean over all labels of all micro-batches. `frozen`
-      is what is not trained. Metrics: loss in nats, grad_norm before clipping, items (the labels).
+      position_ids and attention_mask, each [B, T]; and with audio input_features [C, W, F] and feature_attention_mask
+      [C, F], of all clips in the order of their tokens (a clip without frames takes none, and makes up their number).
+      Or each with an axis more in front, [A, B, T], to sum the gradients of A micro-batches. Labels are moved by one in
+      the loss and -100 is ignored, and by Qwen2-Audio what the mask hides, as in its forward; the loss is the mean over
+      all labels of all micro-batches. `frozen` is what is not trained. Metrics: loss in nats, grad_norm before
+      clipping, items (the labels).
 
     Raises:
-      ValueError: not supported in training: other modules, attention dropout.
+      ValueError: not supported in training: other modules, dropout.
     """
-    if not isinstance(module, Qwen2ForCausalLM):
-        raise ValueError(f"training is for Qwen2ForCausalLM; found {type(module).__name__}")
-    if module.config.attention_dropout:
-        raise ValueError(f"attention_dropout is {module.config.attention_dropout}; training supports 0 alone")
+    if not isinstance(module, Qwen2ForCausalLM | Qwen2AudioForConditionalGeneration):
+        kinds = "Qwen2ForCausalLM and Qwen2AudioForConditionalGeneration"
+        raise ValueError(f"training is for {kinds}; found {type(module).__name__}")
+    for config in (module.config.get_text_config(), getattr(module.config, "audio_config", None)):
+        for name in ("attention_dropout", "dropout", "activation_dropout", "encoder_layerdrop"):
+            if rate := getattr(config, name, 0):
+                raise ValueError(f"{name} is {rate}; training supports 0 alone")
     assemble = assemble_params(module) if assemble is None else assemble
 
     def step(state: TrainState, batch: Batch, frozen: Variables | None = None) -> tuple[TrainState, Metrics]:
-        items = count_items(batch)
+        items = count_items(module, batch)
 
         def loss(trainable: Variables, micro: Batch) -> jax.Array:
             variables = assemble(trainable, frozen or {})
@@ -187,7 +203,7 @@ def assemble_adapter(base: nn.Module, config: LoraConfig) -> Callable[[Variables
 
 
 def _accumulate(gradient: Callable, trainable: Variables, batch: Batch) -> tuple[jax.Array, Variables]:
-    """The summed loss and gradients of micro-batches [A, B, T]; of one batch [B, T] as they are."""
+    """The summed loss and gradients of micro-batches, tokens [A, B, T]; of one batch, [B, T], as they are."""
     if batch["input_ids"].ndim == 2:
         return gradient(trainable, batch)
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
@@ -198,24 +214,35 @@ def _accumulate(gradient: Callable, trainable: Variables, batch: Batch) -> tuple
     return jax.lax.scan(add, zeros, dict(batch))[0]
 
 
-def count_items(batch: Batch) -> jax.Array:
-    """How many tokens of a batch have a loss."""
-    return jnp.sum(batch["labels"][..., 1:] != IGNORE_INDEX)
+def count_items(module: nn.Module, batch: Batch) -> jax.Array:
+    """How many tokens of a batch, or of its micro-batches, have a loss."""
+    return jnp.sum(_labels(module, batch)[..., 1:] != IGNORE_INDEX)
+
+
+def _labels(module: nn.Module, batch: Batch) -> jax.Array:
+    """The labels of a batch as the module's forward reads them."""
+    hears = isinstance(module, Qwen2AudioForConditionalGeneration)
+    return visible_labels(batch["labels"], batch.get("attention_mask")) if hears else batch["labels"]
 
 
 def loss_sum(
-    module: Qwen2ForCausalLM, variables: Variables, batch: Batch, *, remat: Remat = "none", chunk: int = LOSS_CHUNK
+    module: nn.Module, variables: Variables, batch: Batch, *, remat: Remat = "none", chunk: int = LOSS_CHUNK
 ) -> jax.Array:
     """The summed cross-entropy of a batch in nats, float32; arguments as make_train_step's.
 
     Raises:
-      ValueError: an input that the batch cannot have.
+      ValueError: an input that the batch cannot have; features without their mask, or a mask without features.
     """
-    if unknown := set(batch) - set(INPUTS):
-        raise ValueError(f"a batch has {', '.join(INPUTS)}; found {', '.join(sorted(unknown))}")
+    hears = isinstance(module, Qwen2AudioForConditionalGeneration)
+    known = INPUTS + AUDIO_INPUTS if hears else INPUTS
+    if unknown := set(batch) - set(known):
+        raise ValueError(f"a batch has {', '.join(known)}; found {', '.join(sorted(unknown))}")
+    if len(given := set(batch) & set(AUDIO_INPUTS)) == 1:
+        raise ValueError(f"{' and '.join(AUDIO_INPUTS)} go together; the batch has {given.pop()} alone")
     with _linears_apart(module):
         hidden = _run_decoder(module, variables, batch, remat)
-        labels = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+        labels = _labels(module, batch)
+        labels = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
         return _head_loss(module, variables, hidden, labels, chunk)
 
 
@@ -237,13 +264,18 @@ def _head_loss(module: Any, variables: Variables, hidden: jax.Array, labels: jax
 
 
 def _head(module: Any, x: jax.Array) -> jax.Array:
-    return module.model.embed_tokens.attend(x) if module.config.tie_word_embeddings else module.lm_head(x)
+    is_tied = isinstance(module, Qwen2ForCausalLM) and module.config.tie_word_embeddings
+    return module.model.embed_tokens.attend(x) if is_tied else module.lm_head(x)
+
+
+def _decoder(module: Any) -> Any:
+    return module.model if isinstance(module, Qwen2ForCausalLM) else module.model.language_model
 
 
 def _run_decoder(module: Any, variables: Variables, batch: Batch, remat: Remat) -> jax.Array:
     """[B, T, D], what the head reads: as Qwen2Model, layer by layer, so that each may be recomputed or scanned."""
-    config = module.config
-    x = module.apply(variables, batch["input_ids"], method=lambda m, ids: m.model.embed(ids, None))
+    config = module.config.get_text_config()
+    x = _embed(module, variables, batch, remat)
     B, T, _ = x.shape
     slots = token_slots(None, T)
     positions = jnp.broadcast_to(batch.get("position_ids", slots), (B, T))
@@ -254,18 +286,54 @@ def _run_decoder(module: Any, variables: Variables, batch: Batch, remat: Remat) 
         layer: Any = Qwen2DecoderLayer(config, index, module.dtype, module.param_dtype, module.sharding)
         return layer.apply(weights, x, rope, visibility, None, False, True)[0]
 
+    decoder = _part(variables, "model", *(() if isinstance(module, Qwen2ForCausalLM) else ("language_model",)))
+    if _part(decoder, "layers") and len(set(config.layer_types)) > 1:
+        raise ValueError("layers of several kinds (sliding and full attention) do not run in a scan: unstack them")
+    x = _run_layers(run, x, decoder, config.num_hidden_layers, remat)
+    return module.apply(variables, x, method=lambda m, x: _decoder(m).norm(x))
+
+
+def _embed(module: Any, variables: Variables, batch: Batch, remat: Remat) -> jax.Array:
+    """[B, T, D], what the decoder reads: tokens, and where there is audio its vectors in the place of theirs."""
+    ids = batch["input_ids"]
+    if "input_features" not in batch:
+        return module.apply(variables, ids, method=lambda m, ids: _decoder(m).embed(ids, None))
+    audio, frames = _encode(module, variables, batch, remat), batch["feature_attention_mask"]
+    return module.apply(variables, ids, audio, frames, method=lambda m, *inputs: m.model.merge(*inputs))
+
+
+def _encode(module: Any, variables: Variables, batch: Batch, remat: Remat) -> jax.Array:
+    """[C, P, D]: as Qwen2AudioModel.encode, layer by layer."""
+    config = module.config.audio_config
+    x = module.apply(variables, batch["input_features"], method=lambda m, x: m.model.audio_tower.embed(x))
+    visibility = all_to_all(audio_positions(batch["feature_attention_mask"], x.shape[1]), x.shape)
+
+    def run(x: jax.Array, weights: Variables, index: int) -> jax.Array:
+        layer: Any = Qwen2AudioEncoderLayer(config, module.dtype, module.param_dtype, module.sharding)
+        return layer.apply(weights, x, visibility, False, True)[0]
+
+    x = _run_layers(run, x, _part(variables, "model", "audio_tower"), config.encoder_layers, remat)
+    return module.apply(variables, x, method=lambda m, x: m.model.multi_modal_projector(m.model.audio_tower.pool(x)))
+
+
+def _run_layers(
+    run: Callable[[jax.Array, Variables, int], jax.Array], x: jax.Array, weights: Variables, count: int, remat: Remat
+) -> jax.Array:
+    """x through the layers_0, layers_1, ... of a module's weights, or in a scan through its stacked `layers`."""
     if remat != "none":
         run = jax.checkpoint(run, policy=POLICIES[remat], static_argnums=2)
-    decoder = {name: tree["model"] for name, tree in variables.items() if "model" in tree}
-    if stacked := {name: tree["layers"] for name, tree in decoder.items() if "layers" in tree}:
-        if len(set(config.layer_types)) > 1:
-            raise ValueError("layers of several kinds (sliding and full attention) do not run in a scan: unstack them")
-        x, _ = jax.lax.scan(lambda x, weights: (run(x, weights, 0), None), x, stacked)
-    else:
-        for i in range(config.num_hidden_layers):
-            name = f"layers_{i}"
-            x = run(x, {collection: tree[name] for collection, tree in decoder.items() if name in tree}, i)
-    return module.apply(variables, x, method=lambda m, x: m.model.norm(x))
+    if stacked := _part(weights, "layers"):
+        return jax.lax.scan(lambda x, layer: (run(x, layer, 0), None), x, stacked)[0]
+    for i in range(count):
+        x = run(x, _part(weights, f"layers_{i}"), i)
+    return x
+
+
+def _part(variables: Variables, *path: str) -> Variables:
+    """The variables of a part of the module, of those collections that have any there."""
+    for name in path:
+        variables = {kind: tree[name] for kind, tree in variables.items() if name in tree}
+    return variables
 
 
 def _linears_apart(module: nn.Module) -> AbstractContextManager[None]:
@@ -286,26 +354,25 @@ def _linears_apart(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def stack_layers(tree: Variables) -> Variables:
-    """A collection with model/layers_0, layers_1, ... as model/layers, each leaf [L, ...]: the layers run in a scan."""
-    decoder = dict(tree["model"])
-    names = [name for name in decoder if name.startswith("layers_")]
-    layers = [decoder.pop(f"layers_{i}") for i in range(len(names))]
-    return {**tree, "model": {**decoder, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
+    """A collection whose layers_0, layers_1, ... are one `layers`, each leaf [L, ...]: they run in a scan."""
+    inner = {name: stack_layers(part) if isinstance(part, dict) else part for name, part in tree.items()}
+    names = [name for name in inner if name.startswith("layers_")]
+    layers = [inner.pop(f"layers_{i}") for i in range(len(names))]
+    return {**inner, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)} if layers else inner
 
 
 def unstack_layers(tree: Variables) -> Variables:
     """The inverse of stack_layers."""
-    decoder = dict(tree["model"])
-    stacked = decoder.pop("layers")
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    layers = {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)}
-    return {**tree, "model": {**decoder, **layers}}
+    inner = {name: unstack_layers(part) if isinstance(part, dict) else part for name, part in tree.items()}
+    stacked = inner.pop("layers", {})
+    count = jax.tree.leaves(stacked)[0].shape[0] if stacked else 0
+    return inner | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)}
 
 
-def make_eval_step(module: Qwen2ForCausalLM, *, loss_chunk: int = LOSS_CHUNK) -> Callable[..., Metrics]:
+def make_eval_step(module: nn.Module, *, loss_chunk: int = LOSS_CHUNK) -> Callable[..., Metrics]:
     """A function of (variables, batch): the summed loss in nats, and items. exp(loss / items) is the perplexity."""
 
     def step(variables: Variables, batch: Batch) -> Metrics:
-        return {"loss": loss_sum(module, variables, batch, chunk=loss_chunk), "items": count_items(batch)}
+        return {"loss": loss_sum(module, variables, batch, chunk=loss_chunk), "items": count_items(module, batch)}
 
     return step

@@ -96,14 +96,19 @@ def _encode(
     room = bucket(len(wanted), 1) - len(wanted)  # few programs
     clips = [np.pad(a[wanted], ((0, room),) + ((0, 0),) * (a.ndim - 1)) for a in (features, frames)]
     whole = model.config.audio_config.max_source_positions  # type: ignore[union-attr]
-    longest = (int(frames[wanted].sum(-1).max()) - 1) // FRAMES_PER_POSITION + 1
-    step = -(-whole // LENGTHS)
-    positions = min(-(-(longest + 1) // step) * step, whole)
+    positions = positions_for(int(frames[wanted].sum(-1).max()), whole)
     count = np.int32(len(wanted))
     vectors = encode_clips(model.module, model.variables, *clips, count, positions=positions)
     # Clips that are not wanted have tokens in the cache alone.
     slot = np.searchsorted(wanted, clip)
     return Audio(vectors, np.where(np.isin(clip, wanted), slot * vectors.shape[1] + place, -1).astype(np.int32))
+
+
+def positions_for(frames: int, whole: int) -> int:
+    """How many of an encoder's `whole` positions are computed where the longest clip has so many mel frames."""
+    longest = (frames - 1) // FRAMES_PER_POSITION + 1
+    step = -(-whole // LENGTHS)
+    return min(-(-(longest + 1) // step) * step, whole)
 
 
 def repeat_clips(

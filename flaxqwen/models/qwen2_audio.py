@@ -47,9 +47,8 @@ class Qwen2AudioAttention(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        linear = partial(
-            Linear, config.d_model, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype
-        )
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        linear = partial(Linear, config.d_model, stddev=config.initializer_range, by_rows=True, **dtypes)
         self.q_proj, self.v_proj, self.out_proj = (linear(use_bias=True) for _ in range(3))
         self.k_proj = linear()
         self.dropout = nn.Dropout(config.attention_dropout)
@@ -86,8 +85,9 @@ class Qwen2AudioEncoderLayer(nn.Module):
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         linear = partial(
-            Linear, use_bias=True, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype
-        )
+            Linear, use_bias=True, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype,
+            by_rows=True,
+        )  # fmt: skip
         self.self_attn_layer_norm = LayerNorm(LAYER_NORM_EPS, self.param_dtype)
         self.self_attn = Qwen2AudioAttention(config, *dtypes, self.sharding)
         self.final_layer_norm = LayerNorm(LAYER_NORM_EPS, self.param_dtype)
@@ -178,37 +178,44 @@ class Qwen2AudioEncoder(nn.Module):
     ) -> BaseModelOutput:
         """As __call__, but for return_dict; positions: L, where the mask has less than that (None: all)."""
         config = self.config
-        L = config.max_source_positions
-        if (found := input_features.shape[1:]) != (wanted := (config.num_mel_bins, FRAMES_PER_POSITION * L)):
-            raise ValueError(
-                f"input_features has shape {input_features.shape}; expected [clips, {wanted[0]} mel bins, {wanted[1]} "
-                f"frames], found {found}: pad or cut every clip to {wanted[1]} frames"
-            )
         if not deterministic and config.encoder_layerdrop > 0:
             raise ValueError(f"encoder_layerdrop is {config.encoder_layerdrop}; training supports 0 alone")
-        L = positions or L
-        input_features = input_features[..., : FRAMES_PER_POSITION * L]
-        gelu = ACTIVATION["gelu"]  # here, whatever activation_function says
-        x = gelu(self.conv1(input_features.swapaxes(1, 2).astype(self.dtype or self.embed_positions.weight.dtype)))
-        x = gelu(self.conv2(x))
-        # The table is fixed in Transformers too: no gradient.
-        x = x + jax.lax.stop_gradient(self.embed_positions(jnp.arange(L)))
-        x = self.dropout(x, deterministic=deterministic)
-        visibility = _all_to_all(attention_mask, x.shape)
+        x = self.dropout(self.embed(input_features, positions), deterministic=deterministic)
+        visibility = all_to_all(attention_mask, x.shape)
         given, attentions = [], []
         for layer in self.layers:
             given.append(x)
             x, weights = layer(x, visibility, output_attentions, deterministic)
             if weights is not None:
                 attentions.append(weights)
-        C, _, E = x.shape
-        pairs = x[:, : L - L % 2].reshape(C, L // 2, 2, E)
-        last = self.layer_norm((pairs[:, :, 0] + pairs[:, :, 1]) / 2)
+        last = self.pool(x)
         hidden_states = (*given, last) if output_hidden_states else None
         return BaseModelOutput(last, hidden_states, tuple(attentions) if output_attentions else None)
 
+    def embed(self, input_features: jax.Array, positions: int | None = None) -> jax.Array:
+        """Features [C, W, F] -> [C, L, E], what the first layer reads: two convolutions, and where each vector is."""
+        L = self.config.max_source_positions
+        if (found := input_features.shape[1:]) != (wanted := (self.config.num_mel_bins, FRAMES_PER_POSITION * L)):
+            raise ValueError(
+                f"input_features has shape {input_features.shape}; expected [clips, {wanted[0]} mel bins, {wanted[1]} "
+                f"frames], found {found}: pad or cut every clip to {wanted[1]} frames"
+            )
+        L = positions or L
+        input_features = input_features[..., : FRAMES_PER_POSITION * L]
+        gelu = ACTIVATION["gelu"]  # here, whatever activation_function says
+        x = gelu(self.conv1(input_features.swapaxes(1, 2).astype(self.dtype or self.embed_positions.weight.dtype)))
+        x = gelu(self.conv2(x))
+        # The table is fixed in Transformers too: no gradient.
+        return x + jax.lax.stop_gradient(self.embed_positions(jnp.arange(L)))
 
-def _all_to_all(attention_mask: jax.Array | None, shape: tuple[int, ...]) -> Visibility:
+    def pool(self, x: jax.Array) -> jax.Array:
+        """What the last layer gives, [C, L, E] -> [C, P, E]: the normalised means of pairs."""
+        C, L, E = x.shape
+        pairs = x[:, : L - L % 2].reshape(C, L // 2, 2, E)
+        return self.layer_norm((pairs[:, :, 0] + pairs[:, :, 1]) / 2)
+
+
+def all_to_all(attention_mask: jax.Array | None, shape: tuple[int, ...]) -> Visibility:
     """Who sees whom in an encoder of x [C, L, E]: every slot counts as past, and the mask decides."""
     C, L, _ = shape
     last = jnp.full((1, L), L - 1, jnp.int32)
@@ -225,6 +232,12 @@ def audio_lengths(frames: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mel frames -> (encoder positions, audio tokens); of jax or numpy (_get_feat_extract_output_lengths)."""
     positions = (frames - 1) // 2 + 1
     return positions, (positions - 2) // 2 + 1
+
+
+def audio_positions(feature_attention_mask: jax.Array, count: int) -> jax.Array:
+    """Which of the first `count` encoder positions are audio, [C, count] bool, by a mask of frames [C, F]."""
+    positions, _ = audio_lengths(feature_attention_mask.sum(-1))
+    return jnp.arange(count) < positions[:, None]
 
 
 class Qwen2AudioMultiModalProjector(nn.Module):
@@ -341,9 +354,7 @@ class Qwen2AudioModel(nn.Module):
 
         positions: how many of the encoder's are computed: one more than any clip has, or all, for the same audio.
         """
-        lengths, _ = audio_lengths(feature_attention_mask.sum(-1))
-        count = positions or self.config.audio_config.max_source_positions
-        is_audio = jnp.arange(count) < lengths[:, None]
+        is_audio = audio_positions(feature_attention_mask, positions or self.config.audio_config.max_source_positions)
         encoded = self.audio_tower.forward(input_features, is_audio, deterministic, positions=positions)
         return self.multi_modal_projector(encoded.last_hidden_state)
 
@@ -378,6 +389,13 @@ def take_audio(index: jax.Array, audio_features: jax.Array, embeds: jax.Array) -
     """embeds [B, T, D] with the vectors of audio_features [C, P, D] at their index [B, T] among all C * P; -1: none."""
     audio = audio_features.reshape(-1, audio_features.shape[-1])[index]
     return jnp.where(index[..., None] >= 0, audio.astype(embeds.dtype), embeds)
+
+
+def visible_labels(labels: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+    """labels [..., T], but -100 where a mask of as many axes, [..., M], hides the token, as in Transformers."""
+    if attention_mask is None or attention_mask.ndim != labels.ndim:
+        return labels
+    return jnp.where(attention_mask[..., -labels.shape[-1] :] != 0, labels, IGNORE_INDEX)
 
 
 class Qwen2AudioForConditionalGeneration(nn.Module):
@@ -426,10 +444,7 @@ class Qwen2AudioForConditionalGeneration(nn.Module):
         logits = self.lm_head(keep_positions(output.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            if attention_mask is not None and attention_mask.ndim == 2:
-                is_token = attention_mask[:, -labels.shape[1] :] != 0
-                labels = jnp.where(is_token, labels, IGNORE_INDEX)
-            loss = causal_lm_loss(logits, labels)
+            loss = causal_lm_loss(logits, visible_labels(labels, attention_mask))
         result = Qwen2AudioCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

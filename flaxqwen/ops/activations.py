@@ -8,10 +8,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x), by erf as in PyTorch: jax.nn's is by erfc, which takes twice as long on a CPU."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

@@ -13,6 +13,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from flaxqwen.ops.linear import block_of_rows
+
 # Large and finite: a row with every slot masked gives a uniform softmax, as in PyTorch, and never NaN.
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -162,17 +164,28 @@ def attend_to_all(query: jax.Array, key: jax.Array, value: jax.Array, slot_mask:
 
 
 def _attend_by_head(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """One head after the other, divided by the sum last: the scores of one (1,500 x 1,500: 9 MB) stay in the cache.
+    """One head after the other, a few hundred queries at a time, divided by the sum last.
 
-    A clip of 30 s, 20 heads on 2 cores: 97 ms, against 290 in blocks of queries of all heads.
+    Scores are [S, T]: their maximum over slots is then one of whole vectors, which XLA vectorises on a CPU, and their
+    sum comes with the product, from a column of ones beside the values. A clip of 30 s, 20 heads on one core: 0.84 of
+    the time with scores [T, S]; on two busy ones half of it in blocks of 375 queries.
     """
     B, T, N, H = query.shape
+    size = block_of_rows(T) or T
+    value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
 
     def head(index: jax.Array) -> jax.Array:
         row, n = index // N, index % N
-        q, k, v = query[row, :, n] * H**-0.5, key[row, n], value[row, n]
-        scores = jnp.where(visible[row], jnp.matmul(q, k.T), MASKED)
-        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-        return jnp.matmul(weights, v) / weights.sum(axis=-1, keepdims=True)
+        k, v = key[row, n], value[row, n].T
 
-    return jax.lax.map(head, jnp.arange(B * N)).reshape(B, N, T, H).swapaxes(1, 2)
+        def block(q: jax.Array) -> jax.Array:
+            scores = jnp.where(visible[row][:, None], jnp.matmul(k, q.T), MASKED)
+            weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=0)))
+            sums = jnp.matmul(v, weights)  # [H + 1, size]
+            return sums[:-1] / sums[-1]
+
+        return jax.lax.map(block, (query[row, :, n] * H**-0.5).reshape(-1, size, H))
+
+    # In a gradient the scores of each head are computed again.
+    heads = jax.lax.map(jax.checkpoint(head), jnp.arange(B * N))  # [B * N, T / size, H, size]
+    return heads.reshape(B, N, -1, H, size).transpose(0, 2, 4, 1, 3).reshape(B, T, N, H)
