@@ -83,11 +83,17 @@ def run_everything(model: Any, inputs: dict[str, np.ndarray], folder: Path) -> d
     biased = model(inputs["ids"], attention_mask=inputs["bias"], output_attentions=True)
     model.save_pretrained(folder, to="pytorch")
     model.save_pretrained(folder / "orbax", to="orbax")
+    model.save_programs(folder / "programs", [8], [9], max_new_tokens=NEW, do_sample=False)
+    loaded = model.load_programs(folder / "programs")
+    before = compilations()
+    greedy = loaded.generate(**prompts, do_sample=False)
+    assert compilations() == before
     other = AutoModelForCausalLM.from_pretrained(folder / "orbax", mesh=make_mesh(tensor=2, fsdp=4))
     return {
         "beams": model.generate(**prompts, num_beams=3, num_return_sequences=2, do_sample=False),
         "sampled": model.generate(**prompts, **settings, num_return_sequences=2),
         "host": model.generate(**prompts, do_sample=False, prefix_allowed_tokens_fn=lambda row, ids: [row + 1, 7, 30]),
+        "loaded": greedy,
         "steps": np.stack(first.logits),
         "continued": model.generate(**longer, past_key_values=first.past_key_values, do_sample=False),
         "biased": np.asarray(biased.logits),

@@ -104,6 +104,7 @@ def test_every_kind_of_decoding(worker, mesh):
     for kind in ("beams", "sampled", "host", "continued"):
         assert (worker[f"{kind}/{mesh}"] == worker[f"{kind}/one"]).all(), kind
     close(worker[f"steps/{mesh}"], worker["steps/one"], relative=1e-5)
+    assert (worker[f"loaded/{mesh}"] == worker["greedy/one"]).all(), "programs from a file"
 
 
 @pytest.mark.parametrize("mesh", EVERYTHING)
