@@ -6,8 +6,10 @@ of devices is fixed when jax starts.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import jax
 import numpy as np
 
 from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, make_mesh
+from flaxqwen.cache import init_cache
 from flaxqwen.generation import loop
+from flaxqwen.ops.dispatch import Attention
 
 MESHES = {"8x1": (8, 1, 1), "1x8": (1, 1, 8), "2x4": (2, 1, 4), "4x2": (4, 1, 2), "fsdp": (1, 4, 2)}
 # Where beams, sampling and what users see of heads run too: heads are padded and repeated, and rows cut, there.
@@ -89,7 +93,7 @@ def run_everything(model: Any, inputs: dict[str, np.ndarray], folder: Path) -> d
     greedy = loaded.generate(**prompts, do_sample=False)
     assert compilations() == before
     other = AutoModelForCausalLM.from_pretrained(folder / "orbax", mesh=make_mesh(tensor=2, fsdp=4))
-    return {
+    return run_kernels(model, inputs) | {
         "beams": model.generate(**prompts, num_beams=3, num_return_sequences=2, do_sample=False),
         "sampled": model.generate(**prompts, **settings, num_return_sequences=2),
         "host": model.generate(**prompts, do_sample=False, prefix_allowed_tokens_fn=lambda row, ids: [row + 1, 7, 30]),
@@ -100,6 +104,23 @@ def run_everything(model: Any, inputs: dict[str, np.ndarray], folder: Path) -> d
         "restored": np.asarray(other(inputs["ids"], inputs["mask"]).logits),
         "attentions": np.stack(biased.attentions),
     }
+
+
+def run_kernels(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Logits of longer left-padded prompts by splash attention, interpreted, and by the plain one; whether kernels run."""
+    ids = np.tile(inputs["ids"], (1, 12))[:, :100]
+    mask = np.arange(100)[None] >= 5 * np.arange(8)[:, None]
+    options = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    found = {}
+    for name, attention in (("plain", Attention()), ("splash", Attention(prefill="splash", interpret=True))):
+        by = dataclasses.replace(model, module=model.module.clone(attention=attention))
+        found[name] = np.stack(by.generate(ids, attention_mask=mask, **options).logits)
+        cache = init_cache(by.module.config, 8, 128, np.float32)
+        cache = cache.replace(length=cache.length[0])
+        run = partial(by.module.apply, past_key_values=cache)
+        program = jax.make_jaxpr(run)(by.variables, np.ones((8, 128), np.int32))
+        found[f"kernels of {name}"] = np.asarray("pallas_call" in str(program))
+    return found
 
 
 def decode_program(model: Any, inputs: dict[str, np.ndarray]) -> str:

@@ -107,6 +107,14 @@ def test_every_kind_of_decoding(worker, mesh):
     assert (worker[f"loaded/{mesh}"] == worker["greedy/one"]).all(), "programs from a file"
 
 
+@pytest.mark.parametrize("mesh", ["one", *EVERYTHING])
+def test_attention_by_a_kernel(worker, mesh):
+    """Each device runs it over its own rows and heads: the plain one's logits, off by rounding."""
+    assert worker[f"kernels of splash/{mesh}"]
+    assert not worker[f"kernels of plain/{mesh}"]
+    close(worker[f"splash/{mesh}"], worker["plain/one"], relative=1e-5)
+
+
 @pytest.mark.parametrize("mesh", EVERYTHING)
 def test_heads_show_as_in_the_checkpoint(worker, mesh):
     """Masks and attentions have the checkpoint's 14 heads, and so have saved weights, byte for byte."""

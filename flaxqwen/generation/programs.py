@@ -27,13 +27,12 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-import flaxqwen
 from flaxqwen.config import PretrainedConfig
 from flaxqwen.sharding import module_sharding
 
 HEADER = "made_for.json"
 # The default of an option that no program depends on: with options, jax does not take what the process has compiled.
-AS_EVER = {"xla_dump_hlo_as_text": False}
+AS_EVER: dict[str, str | bool] = {"xla_dump_hlo_as_text": False}
 # What of jax's settings is in a program.
 SETTINGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl")
 
@@ -162,7 +161,7 @@ def made_for(module: nn.Module, variables: Any) -> dict[str, Any]:
     device, sharding = devices_of(module, variables)[0], module_sharding(module)
     leaves = jax.tree.leaves_with_path(variables)
     values = {
-        "version of": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flaxqwen": flaxqwen.__version__},
+        "version of": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
         "code of flaxqwen": _digest(*(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))),
         "device": device.device_kind,
         "runtime": device.client.platform_version,
@@ -170,6 +169,7 @@ def made_for(module: nn.Module, variables: Any) -> dict[str, Any]:
         "mesh": None if sharding is None else [dict(sharding.mesh.shape), sharding.axes],
         "module": type(module).__name__,
         "compute dtype": None if module.dtype is None else jax.numpy.dtype(module.dtype).name,
+        "attention": dataclasses.asdict(module.attention),
         "config": _without_notes(module.config).to_dict(),
         "parameter": {jax.tree_util.keystr(keys, simple=True, separator="."): str(jax.typeof(a)) for keys, a in leaves},
     }
