@@ -224,8 +224,7 @@ class _AutoModel:
             known = ", ".join(map(repr, cls.modules))
             other = f": it is for {OTHER_CLASSES[kind]}" if kind in OTHER_CLASSES else ""
             raise ValueError(f"{cls.__name__} does not load model_type {kind!r}{other}; it loads {known}")
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        chosen = choose_attention(attention, platform)
+        chosen = choose_attention(attention, _platform(mesh))
         if mesh is None:
             return cls.modules[kind](config, param_dtype=param_dtype, attention=chosen)
         assert isinstance(config, Qwen2Config | Qwen2AudioConfig)
@@ -281,6 +280,12 @@ class AutoModelForQuestionAnswering(_AutoModel):
 def language_model_class(config: PretrainedConfig) -> type[_AutoModel]:
     """The class that loads a model of this config with a language-model head."""
     return AutoModelForSeq2SeqLM if isinstance(config, Qwen2AudioConfig) else AutoModelForCausalLM
+
+
+def _platform(mesh: Mesh | None) -> str:
+    """Of the devices that a model lies on: those of a mesh, or jax's default one."""
+    device = jax.config.jax_default_device if mesh is None else mesh.devices.flat[0]
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
 
 
 def adapter_base(folder: Path) -> str | None:

@@ -107,7 +107,7 @@ def run_everything(model: Any, inputs: dict[str, np.ndarray], folder: Path) -> d
 
 
 def run_kernels(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Logits of longer left-padded prompts by splash attention, interpreted, and by the plain one; whether kernels run."""
+    """Logits of longer left-padded prompts by splash attention, interpreted, and by the plain one; do kernels run?"""
     ids = np.tile(inputs["ids"], (1, 12))[:, :100]
     mask = np.arange(100)[None] >= 5 * np.arange(8)[:, None]
     options = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
