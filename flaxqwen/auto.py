@@ -41,10 +41,12 @@ from flaxqwen.models.heads import (
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
 from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration, Qwen2AudioModel
 from flaxqwen.native import restore_native
+from flaxqwen.ops.dispatch import choose_attention
 from flaxqwen.quantization import quantization_of, quantize_params
 from flaxqwen.sharding import Sharding, module_sharding
 
 MeshAxes = Mapping[str, tuple[str, ...]]
+AttentionNames = str | Mapping[str, str] | None
 
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # Heads that are put on a pretrained decoder: missing from its checkpoint, they are drawn at random, with a warning.
@@ -53,6 +55,8 @@ NEW_HEADS = ("score", "qa_outputs")
 OTHER_CLASSES = {"qwen2_audio": "AutoModelForSeq2SeqLM"}
 # Names of overrides that older configs have, and the field they are in today.
 OLDER_FIELDS = {"rope_scaling": "rope_parameters", "rope_theta": "rope_parameters"}
+# Arguments of Transformers that have another name here, because their values are others.
+OTHER_NAMES = {"attn_implementation": "attention_implementation"}
 
 
 class AutoConfig:
@@ -106,6 +110,7 @@ class _AutoModel:
         mesh: Mesh | None = None,
         mesh_axes: MeshAxes | None = None,
         quantize: Scheme | None = None,
+        attention_implementation: AttentionNames = None,
         **overrides: Any,
     ) -> Model:
         """Load a model in PyTorch's, Flax's or orbax's format, found by looking.
@@ -121,6 +126,8 @@ class _AutoModel:
           mesh_axes: axes of the mesh, by logical axis, over sharding.LOGICAL_AXES.
           quantize: "int8" or "int4" quantizes the weights while they load (see convert/quantize.py); norms, biases
             and arithmetic keep dtype. A checkpoint that is quantized already stays so.
+          attention_implementation: "xla", "splash", ... or by kind of call, {"prefill": "cudnn"}; default: the table of
+            ops/dispatch.py, where each says what it serves.
           overrides: fields of the config, such as num_labels=3; rope_parameters without rope_theta keeps the config's.
 
         Returns:
@@ -130,18 +137,20 @@ class _AutoModel:
         Raises:
           FileNotFoundError: no such folder or repository, or no weights in it.
           TypeError: an override that is no field of the config.
-          ValueError: a config or a dtype that is not supported, before any weight is fetched; weights that do not fit
-            the config (all that is wrong, in one error).
+          ValueError: a config or a dtype or an attention that is not supported, before any weight is fetched; weights
+            that do not fit the config (all that is wrong, in one error).
         """
         where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = resolve_folder(pretrained_model_name_or_path, weights=False, revision=revision, **where)
         if (base := adapter_base(folder)) is not None:
             asked = {"config": config, "dtype": dtype, "torch_dtype": torch_dtype, "mesh": mesh, "mesh_axes": mesh_axes}
-            model = cls.from_pretrained(base, **asked, quantize=quantize, **where, **overrides)
+            asked |= {"quantize": quantize, "attention_implementation": attention_implementation}
+            model = cls.from_pretrained(base, **asked, **where, **overrides)
             return model.load_adapter(pretrained_model_name_or_path, revision=revision, **where)
         config = _override(config_from_file(folder) if config is None else config, overrides)
         wanted = parse_dtype(torch_dtype if dtype is None else dtype) or parse_dtype(config.dtype)
-        cls.module_of(config)
+        module_of = partial(cls.module_of, mesh=mesh, mesh_axes=mesh_axes, attention=attention_implementation)
+        module_of(config)
         scheme, config = quantization_of(folder, config, quantize)
         # A hub's folder is named by its commit: the weights are those that the config came with.
         folder = resolve_folder(pretrained_model_name_or_path, revision=folder.name, **where)
@@ -150,7 +159,7 @@ class _AutoModel:
                 raise ValueError(f"{folder}: an orbax checkpoint is of plain weights: leave out quantize")
             wanted = wanted or _stored_dtype(checkpoint)
             config = dataclasses.replace(cls._untied(config, checkpoint), dtype=np.dtype(wanted).name)
-            module = cls.module_of(config, wanted, mesh, mesh_axes)
+            module = module_of(config, wanted)
             if scheme is not None:
                 module = module.clone(dtype=wanted)
             if quantize is not None:
@@ -169,6 +178,7 @@ class _AutoModel:
         mesh: Mesh | None = None,
         mesh_axes: MeshAxes | None = None,
         quantize: Scheme | None = None,
+        attention_implementation: AttentionNames = None,
     ) -> Model:
         """A model with random weights, drawn as Transformers draws them.
 
@@ -177,15 +187,15 @@ class _AutoModel:
           seed: of the draws; one seed gives the same weights on every device, and on every mesh.
           dtype: of the parameters, as in from_pretrained; default: that of the config, or else float32.
           mesh, mesh_axes: as in from_pretrained.
-          quantize: as in from_pretrained.
+          quantize, attention_implementation: as in from_pretrained.
 
         Raises:
-          ValueError: a model_type or a dtype that is not supported.
+          ValueError: a model_type, a dtype or an attention that is not supported.
         """
         wanted = parse_dtype(dtype) or parse_dtype(config.dtype) or jnp.float32
         config = dataclasses.replace(config, dtype=np.dtype(wanted).name)
         scheme, config = quantization_of(None, config, quantize)
-        module = cls.module_of(config, wanted, mesh, mesh_axes)
+        module = cls.module_of(config, wanted, mesh, mesh_axes, attention_implementation)
         params = draw_params(param_shapes(module), config, seed, wanted, module_sharding(module))
         if scheme is not None:
             module = module.clone(dtype=wanted)
@@ -199,22 +209,25 @@ class _AutoModel:
         param_dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
         mesh_axes: MeshAxes | None = None,
+        attention: AttentionNames = None,
     ) -> nn.Module:
         """The Linen module for a config; on a mesh, its own config has the heads that fit there.
 
         Raises:
-          ValueError: a model_type that this class does not load.
+          ValueError: a model_type that this class does not load; an attention that is not for the devices.
         """
         kind = config.model_type
         if kind not in cls.modules:
             known = ", ".join(map(repr, cls.modules))
             other = f": it is for {OTHER_CLASSES[kind]}" if kind in OTHER_CLASSES else ""
             raise ValueError(f"{cls.__name__} does not load model_type {kind!r}{other}; it loads {known}")
+        chosen = choose_attention(attention, _platform(mesh))
         if mesh is None:
-            return cls.modules[kind](config, param_dtype=param_dtype)
+            return cls.modules[kind](config, param_dtype=param_dtype, attention=chosen)
         assert isinstance(config, Qwen2Config | Qwen2AudioConfig)
         sharding = Sharding.fit(mesh, config, mesh_axes)
-        return cls.modules[kind](sharding.heads.replace_in(config), param_dtype=param_dtype, sharding=sharding)
+        laid = sharding.heads.replace_in(config)
+        return cls.modules[kind](laid, param_dtype=param_dtype, sharding=sharding, attention=chosen)
 
     @classmethod
     def _untied(cls, config: PretrainedConfig, checkpoint: Checkpoint) -> PretrainedConfig:
@@ -264,6 +277,12 @@ class AutoModelForQuestionAnswering(_AutoModel):
 def language_model_class(config: PretrainedConfig) -> type[_AutoModel]:
     """The class that loads a model of this config with a language-model head."""
     return AutoModelForSeq2SeqLM if isinstance(config, Qwen2AudioConfig) else AutoModelForCausalLM
+
+
+def _platform(mesh: Mesh | None) -> str:
+    """Of the devices that a model lies on: those of a mesh, or jax's default one."""
+    device = jax.config.jax_default_device if mesh is None else mesh.devices.flat[0]
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
 
 
 def adapter_base(folder: Path) -> str | None:
@@ -392,7 +411,8 @@ def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretrained
     names = [field.name for field in dataclasses.fields(config) if field.name != "extra"]
     for name in overrides:
         if name not in names:
-            near = [OLDER_FIELDS[name]] if name in OLDER_FIELDS else difflib.get_close_matches(name, names, n=1)
+            renamed = OLDER_FIELDS | OTHER_NAMES
+            near = [renamed[name]] if name in renamed else difflib.get_close_matches(name, names, n=1)
             raise TypeError(f"unknown argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     rope = overrides.get("rope_parameters")
     if isinstance(config, Qwen2Config) and isinstance(rope, Mapping):

@@ -32,6 +32,7 @@ from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.generate import generate, stream
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, bucket, check_token_ids
 from flaxqwen.generation.outputs import compute_transition_scores
+from flaxqwen.generation.programs import Programs, Recorder, read_programs, write_programs
 from flaxqwen.generation.streamers import Stream
 from flaxqwen.generation.warmup import warmup
 from flaxqwen.models.audio_inputs import check_audio_tokens
@@ -59,6 +60,7 @@ class Model(AdapterMethods):
     params: plain nested dict of jax arrays, named as the checkpoint.
     config, generation_config: what the folder's files say.
     adapters: what is loaded beside the parameters.
+    programs: what need not be compiled.
     """
 
     module: nn.Module
@@ -66,6 +68,7 @@ class Model(AdapterMethods):
     config: PretrainedConfig
     generation_config: GenerationConfig
     adapters: Adapters = dataclasses.field(default_factory=Adapters)
+    programs: Programs = dataclasses.field(default_factory=Programs)
 
     def __repr__(self) -> str:
         return f"Model({type(self.module).__name__}, {self.num_parameters():,} parameters, {self.dtype.name})"
@@ -132,6 +135,42 @@ class Model(AdapterMethods):
           TypeError: the model has no language-model head.
         """
         warmup(self._causal_lm(), batch_sizes, prompt_lengths, **options)
+
+    def save_programs(
+        self, path: str | os.PathLike[str], batch_sizes: Sequence[int], prompt_lengths: Sequence[int], **options: Any
+    ) -> None:
+        """Write what warmup() compiles to a file, for load_programs().
+
+        Args:
+          path: of the file.
+          batch_sizes, prompt_lengths, options: as of warmup(); no functions of your own, which are not kept.
+
+        Raises:
+          TypeError: the model has no language-model head.
+          ValueError: as warmup(); logits_processor or stopping_criteria; several processes.
+          OSError: the file cannot be written; it appears whole or not at all.
+        """
+        if own := [name for name in ("logits_processor", "stopping_criteria") if options.get(name)]:
+            raise ValueError(f"save_programs() does not take {own[0]}: another process has other functions")
+        if jax.process_count() > 1:
+            raise ValueError("programs are saved by one process: those of several cannot be saved yet")
+        recorder = Recorder(self.module)
+        dataclasses.replace(self, programs=recorder).warmup(batch_sizes, prompt_lengths, **options)
+        write_programs(path, recorder, self.variables)
+
+    def load_programs(self, path: str | os.PathLike[str]) -> Model:
+        """The model with the programs of save_programs(): calls of generate() that they are for compile nothing.
+
+        All other calls compile what they need, as ever; so do adapters that are loaded afterwards. Files add up.
+        A file is code: load none that you do not trust.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: the file is damaged, or was made by other versions, for another device or another model.
+        """
+        loaded = read_programs(path, self.module, self.variables)
+        kept = self.programs.compiled if self.programs.module == self.module else {}
+        return dataclasses.replace(self, programs=Programs(self.module, {**kept, **loaded.compiled}))
 
     def compute_transition_scores(
         self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False

@@ -6,10 +6,12 @@ of devices is fixed when jax starts.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ import numpy as np
 import optax
 
 from flaxqwen import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LoraConfig, loading, make_mesh
+from flaxqwen.cache import init_cache
 from flaxqwen.convert import open_checkpoint
 from flaxqwen.convert.names import to_name
 from flaxqwen.generation import loop
+from flaxqwen.ops.dispatch import Attention
 from flaxqwen.sharding import shapes_of
 from flaxqwen.training import TrainState, make_train_step
 
@@ -203,17 +207,40 @@ def run_everything(model: Any, inputs: dict[str, np.ndarray], folder: Path) -> d
     biased = model(inputs["ids"], attention_mask=inputs["bias"], output_attentions=True)
     model.save_pretrained(folder, to="pytorch")
     model.save_pretrained(folder / "orbax", to="orbax")
+    model.save_programs(folder / "programs", [8], [9], max_new_tokens=NEW, do_sample=False)
+    loaded = model.load_programs(folder / "programs")
+    before = compilations()
+    greedy = loaded.generate(**prompts, do_sample=False)
+    assert compilations() == before
     other = AutoModelForCausalLM.from_pretrained(folder / "orbax", mesh=make_mesh(tensor=2, fsdp=4))
-    return {
+    return run_kernels(model, inputs) | {
         "beams": model.generate(**prompts, num_beams=3, num_return_sequences=2, do_sample=False),
         "sampled": model.generate(**prompts, **settings, num_return_sequences=2),
         "host": model.generate(**prompts, do_sample=False, prefix_allowed_tokens_fn=lambda row, ids: [row + 1, 7, 30]),
+        "loaded": greedy,
         "steps": np.stack(first.logits),
         "continued": model.generate(**longer, past_key_values=first.past_key_values, do_sample=False),
         "biased": np.asarray(biased.logits),
         "restored": np.asarray(other(inputs["ids"], inputs["mask"]).logits),
         "attentions": np.stack(biased.attentions),
     }
+
+
+def run_kernels(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Logits of longer left-padded prompts by splash attention, interpreted, and by the plain one; do kernels run?"""
+    ids = np.tile(inputs["ids"], (1, 12))[:, :100]
+    mask = np.arange(100)[None] >= 5 * np.arange(8)[:, None]
+    options = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    found = {}
+    for name, attention in (("plain", Attention()), ("splash", Attention(prefill="splash", interpret=True))):
+        by = dataclasses.replace(model, module=model.module.clone(attention=attention))
+        found[name] = np.stack(by.generate(ids, attention_mask=mask, **options).logits)
+        cache = init_cache(by.module.config, 8, 128, np.float32)
+        cache = cache.replace(length=cache.length[0])
+        run = partial(by.module.apply, past_key_values=cache)
+        program = jax.make_jaxpr(run)(by.variables, np.ones((8, 128), np.int32))
+        found[f"kernels of {name}"] = np.asarray("pallas_call" in str(program))
+    return found
 
 
 @contextmanager

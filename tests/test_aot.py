@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 
@@ -10,6 +11,7 @@ import pytest
 from flaxqwen import Qwen2AudioConfig, Qwen2Config, aot
 from flaxqwen.cli import main
 from flaxqwen.config import config_from_file
+from flaxqwen.ops.dispatch import Attention
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'flaxqwen[tpu]'"
@@ -50,6 +52,20 @@ def test_collectives_of_tensor_parallel_decoding():
     assert {name: number for name, (number, _) in found.collectives.items()} == {"all-reduce": 2 * 3 + 1}
     assert sum(size for _, size in found.small.values()) <= 64
     assert found.copies == {}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_scores_of_prefill_stay_on_the_chip(tensor):
+    """By default: 1,024 tokens over 8,192 slots have 470 MB of scores, of 14 heads, which only the plain one keeps."""
+    config = Qwen2Config.from_dict(TINY | {"max_position_embeddings": 8192, "num_hidden_layers": 1})
+    chip, mesh = aot.topology_mesh("v6e:2x2", tensor=tensor)
+    made = aot.plan(config, chip, mesh, batch=1, context=8192)
+    assert made.module.attention == Attention(prefill="splash")
+    plain = dataclasses.replace(made, module=made.module.clone(attention=Attention()))
+    scores = 14 * 1024 * 8192 * 4 / tensor
+    assert aot.compile_prefill(plain).temporaries >= scores
+    assert aot.compile_prefill(made).temporaries <= scores / 8
 
 
 @needs_libtpu

@@ -112,6 +112,15 @@ def test_every_kind_of_decoding(worker, mesh):
     for kind in ("beams", "sampled", "host", "continued"):
         assert (worker[f"{kind}/{mesh}"] == worker[f"{kind}/one"]).all(), kind
     close(worker[f"steps/{mesh}"], worker["steps/one"], relative=1e-5)
+    assert (worker[f"loaded/{mesh}"] == worker["greedy/one"]).all(), "programs from a file"
+
+
+@pytest.mark.parametrize("mesh", ["one", *EVERYTHING])
+def test_attention_by_a_kernel(worker, mesh):
+    """Each device runs it over its own rows and heads: the plain one's logits, off by rounding."""
+    assert worker[f"kernels of splash/{mesh}"]
+    assert not worker[f"kernels of plain/{mesh}"]
+    close(worker[f"splash/{mesh}"], worker["plain/one"], relative=1e-5)
 
 
 @pytest.mark.parametrize("mesh", EVERYTHING)

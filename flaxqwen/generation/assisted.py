@@ -84,6 +84,7 @@ class EarlyExit:
     params = property(lambda self: self.model.params)
     variables = property(lambda self: self.model.variables)
     generation_config = property(lambda self: self.model.generation_config)
+    programs = property(lambda self: self.model.programs)
 
 
 def make_drafter(

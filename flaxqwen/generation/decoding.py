@@ -123,7 +123,8 @@ def run(
     while done < options.max_new_tokens and not finished.all():
         while dispatched < options.max_new_tokens and len(queue) <= ahead:
             state = ready(state, dispatched)
-            state, output = programs.decode(model.module, model.variables, state, choice, steps=steps, **keep)
+            arguments = (model.module, model.variables, state, choice)
+            state, output = model.programs.run(programs.decode, *arguments, steps=steps, **keep)
             queue.append(output)
             dispatched += steps
         output = cut(jax.device_get(queue.popleft()), options.max_new_tokens - done)
@@ -176,16 +177,17 @@ def start(
         stop = request.cached + chunk
         prompt = make_prompt(request, chunk, capacity, stop)
         cache = None if cache is None else bounded(cache, stop)
-        cache = loop.fill(model.module, model.variables, prompt, cache, **shape)
+        cache = model.programs.run(loop.fill, model.module, model.variables, prompt, cache, **shape)
         request = replace(request, cached=stop)
     if chunks and copies > 1:  # the cache is donated
-        request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
+        cache = model.programs.run(repeat_cache, cache, copies=copies)
+        request, copies = request.repeat(copies), 1
     prompt = make_prompt(request, tokens, capacity)
     cache = None if cache is None else bounded(cache, request.cached + tokens)
     arguments = (model.module, model.variables, prompt, choice, cache)
     static |= {"copies": copies, **shape}
     if follow is None:
-        return prefill(*arguments, **static)
+        return model.programs.run(prefill, *arguments, **static)
     next_program = follow(prefill.trace(*arguments, **static).out_info[0])  # type: ignore[attr-defined]
     with ThreadPoolExecutor(1) as pool:
         pool.submit(next_program.compile)  # an error comes again where the program is called
@@ -198,7 +200,7 @@ def _compiles_ahead(model: CausalLM, cache: KVCache | None) -> bool:
     Found compiled already, it costs 3 ms, of a step's 30 to 80 at 0.5B. What is lowered from shapes alone is what a
     call will ask for only where arrays are on no particular device.
     """
-    is_free = not next(iter(jax.tree.leaves(model.params))).committed
+    is_free = not next(iter(jax.tree.leaves(model.params))).committed and not model.programs.compiled
     return platform(model.params) == "cpu" and is_free and cache is None
 
 

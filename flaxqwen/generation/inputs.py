@@ -19,6 +19,7 @@ from flaxqwen.cache import KVCache, cut_cache
 from flaxqwen.config import Qwen2AudioConfig, Qwen2Config
 from flaxqwen.generation import loop
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig
+from flaxqwen.generation.programs import Programs
 
 # Prompts are padded to these lengths and caches sized by them, so that few programs exist.
 SMALLEST_PROMPT, SMALLEST_CACHE, LARGEST_STEP = 32, 512, 2048
@@ -37,6 +38,8 @@ class CausalLM(Protocol):
     def config(self) -> Qwen2Config | Qwen2AudioConfig: ...
     @property
     def generation_config(self) -> GenerationConfig: ...
+    @property
+    def programs(self) -> Programs: ...
 
 
 @dataclass(frozen=True)

@@ -73,5 +73,6 @@ def run_programs(call: Call) -> None:
         state = state.replace(cache=bounded(state.cache, request.length + dispatched + steps))
         if state.cache.bound not in seen:
             seen.add(state.cache.bound)
-            state, _ = loop.decode(model.module, model.variables, state, choice, steps=steps, **keep)
+            arguments = (model.module, model.variables, state, choice)
+            state, _ = model.programs.run(loop.decode, *arguments, steps=steps, **keep)
     jax.block_until_ready(state)

@@ -19,6 +19,7 @@ from flaxqwen.models.outputs import (
     TokenClassifierOutput,
 )
 from flaxqwen.models.qwen2 import Qwen2Model
+from flaxqwen.ops.dispatch import Attention
 from flaxqwen.ops.linear import Linear
 from flaxqwen.sharding import Sharding
 
@@ -30,10 +31,11 @@ class Qwen2ForSequenceClassification(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     sharding: Sharding | None = None
+    attention: Attention = Attention()
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.model = Qwen2Model(config, *dtypes, self.sharding)
+        self.model = Qwen2Model(config, *dtypes, self.sharding, self.attention)
         self.score = Linear(config.num_labels, False, config.initializer_range, *dtypes)
 
     def __call__(
@@ -91,10 +93,11 @@ class Qwen2ForTokenClassification(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     sharding: Sharding | None = None
+    attention: Attention = Attention()
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.model = Qwen2Model(config, *dtypes, self.sharding)
+        self.model = Qwen2Model(config, *dtypes, self.sharding, self.attention)
         self.dropout = nn.Dropout(config.head_dropout)
         self.score = Linear(config.num_labels, True, config.initializer_range, *dtypes)
 
@@ -130,10 +133,11 @@ class Qwen2ForQuestionAnswering(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     sharding: Sharding | None = None
+    attention: Attention = Attention()
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.transformer = Qwen2Model(config, *dtypes, self.sharding)
+        self.transformer = Qwen2Model(config, *dtypes, self.sharding, self.attention)
         self.qa_outputs = Linear(2, True, config.initializer_range, *dtypes)
 
     def __call__(

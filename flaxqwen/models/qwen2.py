@@ -21,7 +21,8 @@ from flaxqwen.config import Qwen2Config
 from flaxqwen.models.losses import causal_lm_loss
 from flaxqwen.models.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from flaxqwen.ops.activations import ACTIVATION
-from flaxqwen.ops.attention import Visibility, attend, attend_in_blocks
+from flaxqwen.ops.attention import Visibility, attend
+from flaxqwen.ops.dispatch import Attention, run_attention
 from flaxqwen.ops.linear import Embed, Linear
 from flaxqwen.ops.norm import RMSNorm
 from flaxqwen.ops.rotary import rotary_embedding, rotate
@@ -58,6 +59,7 @@ class Qwen2Attention(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     sharding: Sharding | None = None
+    attention: Attention = Attention()
 
     def setup(self) -> None:
         config = self.config
@@ -101,7 +103,8 @@ class Qwen2Attention(nn.Module):
         if output_attentions or drop:
             y, weights = attend(*heads, dropout=lambda w: self.dropout(w, deterministic=not drop))
         else:
-            y = attend_in_blocks(*heads)
+            kind = "whole" if cache is None else "decode" if T == 1 else "prefill"
+            y = run_attention(self.attention, kind, *heads, self.sharding)
         weights = own_heads(self.sharding, weights) if output_attentions and weights is not None else None
         return self.o_proj(y.reshape(B, T, -1)), filled, weights
 
@@ -119,11 +122,12 @@ class Qwen2DecoderLayer(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     sharding: Sharding | None = None
+    attention: Attention = Attention()
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         self.input_layernorm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
-        self.self_attn = Qwen2Attention(config, self.layer_index, *dtypes, self.sharding)
+        self.self_attn = Qwen2Attention(config, self.layer_index, *dtypes, self.sharding, self.attention)
         self.post_attention_layernorm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
         self.mlp = Qwen2MLP(config, *dtypes)
 
@@ -152,19 +156,24 @@ class Qwen2Model(nn.Module):
     dtype: compute dtype; None computes in the dtype of the parameters.
     param_dtype: dtype in which `init` creates parameters.
     sharding: how the model lies on a mesh; None: on one device.
+    attention: how it is computed; see ops/dispatch.py.
     """
 
     config: Qwen2Config
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     sharding: Sharding | None = None
+    attention: Attention = Attention()
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         self.embed_tokens = Embed(
             config.vocab_size, config.hidden_size, config.pad_token_id, config.initializer_range, *dtypes, self.sharding
         )
-        self.layers = [Qwen2DecoderLayer(config, i, *dtypes, self.sharding) for i in range(config.num_hidden_layers)]
+        self.layers = [
+            Qwen2DecoderLayer(config, i, *dtypes, self.sharding, self.attention)
+            for i in range(config.num_hidden_layers)
+        ]
         self.norm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
 
     def __call__(
@@ -284,10 +293,11 @@ class Qwen2ForCausalLM(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     sharding: Sharding | None = None
+    attention: Attention = Attention()
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
-        self.model = Qwen2Model(config, *dtypes, self.sharding)
+        self.model = Qwen2Model(config, *dtypes, self.sharding, self.attention)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.vocab_size, False, config.initializer_range, *dtypes)
 

@@ -28,6 +28,7 @@ from flaxqwen.models.qwen2 import Qwen2Model, keep_positions
 from flaxqwen.ops.activations import ACTIVATION
 from flaxqwen.ops.attention import Visibility, attend, attend_in_blocks, attend_to_all
 from flaxqwen.ops.convolution import Conv1d
+from flaxqwen.ops.dispatch import Attention
 from flaxqwen.ops.linear import Embed, Linear
 from flaxqwen.ops.norm import LayerNorm
 from flaxqwen.sharding import Sharding, constrain
@@ -257,18 +258,22 @@ class Qwen2AudioMultiModalProjector(nn.Module):
 
 
 class Qwen2AudioModel(nn.Module):
-    """The audio tower, the projector and the decoder, without a head. Fields as Qwen2AudioEncoder."""
+    """The audio tower, the projector and the decoder, without a head.
+
+    Fields as Qwen2AudioEncoder; attention: of the decoder, see ops/dispatch.py.
+    """
 
     config: Qwen2AudioConfig
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     sharding: Sharding | None = None
+    attention: Attention = Attention()
 
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         self.audio_tower = Qwen2AudioEncoder(config.audio_config, *dtypes, self.sharding)
         self.multi_modal_projector = Qwen2AudioMultiModalProjector(config, *dtypes)
-        self.language_model = Qwen2Model(config.text_config, *dtypes, self.sharding)
+        self.language_model = Qwen2Model(config.text_config, *dtypes, self.sharding, self.attention)
 
     def __call__(
         self,
@@ -399,16 +404,17 @@ def visible_labels(labels: jax.Array, attention_mask: jax.Array | None) -> jax.A
 
 
 class Qwen2AudioForConditionalGeneration(nn.Module):
-    """Qwen2AudioModel with a language-model head. Fields as Qwen2AudioEncoder."""
+    """Qwen2AudioModel with a language-model head. Fields as Qwen2AudioModel."""
 
     config: Qwen2AudioConfig
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     sharding: Sharding | None = None
+    attention: Attention = Attention()
 
     def setup(self) -> None:
         text, dtypes = self.config.text_config, (self.dtype, self.param_dtype)
-        self.model = Qwen2AudioModel(self.config, *dtypes, self.sharding)
+        self.model = Qwen2AudioModel(self.config, *dtypes, self.sharding, self.attention)
         self.lm_head = Linear(text.vocab_size, False, text.initializer_range, *dtypes)
 
     def __call__(

@@ -59,15 +59,19 @@ class Visibility(flax.struct.PyTreeNode):
             heads = self.full.shape[1]
             full = self.full.reshape(self.full.shape[0], *((1, 1) if heads == 1 else (K, G)), *self.full.shape[2:])
             return jnp.where(full, scores, MASKED) if full.dtype == bool else scores + full.astype(scores.dtype)
+        return jnp.where(self.visible(S, window)[:, None, None], scores, MASKED)
+
+    def visible(self, S: int, window: int | None) -> jax.Array:
+        """[B or 1, T, S] bool, where there is no mask of 4 dimensions."""
         slots, query_slot = jnp.arange(S), self.query_slot[:, :, None]
-        visible = slots <= query_slot  # [B or 1, T, S]
+        visible = slots <= query_slot
         if window is not None:
             visible &= slots > query_slot - window
         if self.slot_mask is not None:
             visible &= self.slot_mask[:, None]
         if self.query_segment is not None and self.slot_segment is not None:
             visible &= self.query_segment[:, :, None] == self.slot_segment[:, None]
-        return jnp.where(visible[:, None, None], scores, MASKED)
+        return visible
 
 
 def attend(

@@ -1,0 +1,128 @@
+"""Which implementation of attention runs, by what is computed and on what: a table.
+
+Axes: B batch, T new tokens, S cache slots, N query heads, K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from flaxqwen.ops import kernels
+from flaxqwen.ops.attention import Scales, Visibility, attend_in_blocks
+from flaxqwen.sharding import Sharding
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The name of an implementation for each kind of call: a static field of the modules.
+
+    decode: one new token of each row, over a cache. prefill: several. whole: rows without a cache, as in training.
+    interpret: whether kernels are interpreted, as on a CPU in the tests.
+    """
+
+    decode: str = "xla"
+    prefill: str = "xla"
+    whole: str = "xla"
+    interpret: bool = False
+
+
+# What a platform has unless attention_implementation says otherwise. That of TPUs is by the compiler's figures for v6e:
+# 1,024 tokens over 8,192 slots, in one layer of a 7B and the head, take 40 MB of temporaries and not 948 (0.5B: 1.7 and
+# 473). Decoding is plain there: the library's kernel takes pages [K, pages, ...], to which our [B, K, S, H] would have
+# to be copied. GPU kernels are there by name: none has been measured yet.
+DEFAULTS = {"cpu": Attention(), "gpu": Attention(), "tpu": Attention(prefill="splash")}
+PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}  # as devices call themselves
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention, beside "xla", the plain one (`attend_in_blocks`).
+
+    run: (query, key, value, visibility, window, interpret) -> [B, T, N, H], as the plain one.
+    serves: (query, key, visibility) -> whether it can, by shapes and dtypes. Where it cannot the plain one runs; so it
+      does for int8 keys and values, masks of 4 dimensions, and weights that are asked for or dropped out.
+    kinds, platform: what it is for.
+    """
+
+    run: Callable[..., jax.Array]
+    serves: Callable[[jax.Array, jax.Array, Visibility], bool]
+    kinds: tuple[str, ...]
+    platform: str
+
+
+IMPLEMENTATIONS = {
+    "splash": Implementation(kernels.splash, kernels.splash_serves, ("prefill",), "tpu"),
+    "cudnn": Implementation(kernels.dot_product, kernels.dot_product_serves, ("prefill", "whole"), "gpu"),
+    "pallas": Implementation(kernels.decode, kernels.decode_serves, ("decode",), "gpu"),
+}
+
+
+def choose_attention(wanted: str | Mapping[str, str] | None, platform: str) -> Attention:
+    """The implementations of a platform.
+
+    Args:
+      wanted: one for all that it is for, "xla" for everything; or by kind of call, as {"prefill": "cudnn"}. None: the
+        default.
+
+    Raises:
+      ValueError: no such implementation, or kind of call; or one for another platform or kind.
+    """
+    platform = PLATFORMS.get(platform, platform)
+    default = DEFAULTS.get(platform, Attention())
+    if wanted is None:
+        return default
+    kinds = tuple(field.name for field in fields(Attention) if field.name != "interpret")
+    if isinstance(wanted, str):
+        found = IMPLEMENTATIONS.get(wanted)
+        wanted = dict.fromkeys(kinds if found is None else found.kinds, wanted)
+    for kind, name in wanted.items():
+        if kind not in kinds:
+            raise ValueError(f"attention_implementation has {kind!r}; expected {', '.join(kinds)}")
+        if name == "xla":
+            continue
+        if (found := IMPLEMENTATIONS.get(name)) is None:
+            known = ", ".join(("xla", *IMPLEMENTATIONS))
+            raise ValueError(f"attention_implementation {name!r} is not known; expected one of {known}")
+        if found.platform != platform or kind not in found.kinds:
+            raise ValueError(
+                f"attention_implementation {name!r} is for {' and '.join(found.kinds)} on a {found.platform}, "
+                f"not for {kind} on a {platform}"
+            )
+    names: dict[str, Any] = dict(wanted)
+    return replace(default, **names)
+
+
+def run_attention(
+    attention: Attention,
+    kind: str,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visibility: Visibility,
+    window: int | None,
+    scales: Scales | None,
+    sharding: Sharding | None,
+) -> jax.Array:
+    """Attention [B, T, N, H] by the implementation of a kind of call. Arguments as of `attend_in_blocks`, and:
+
+    sharding: of heads that lie on a mesh; a kernel runs on each device's part of them.
+    """
+    chosen = IMPLEMENTATIONS.get(getattr(attention, kind))
+    is_plain = chosen is None or scales is not None or visibility.full is not None
+    if is_plain or not chosen.serves(query, key, visibility):  # type: ignore[union-attr]
+        return attend_in_blocks(query, key, value, visibility, window, scales)
+    run = partial(chosen.run, window=window, interpret=attention.interpret)  # type: ignore[union-attr]
+    if sharding is None:
+        return run(query, key, value, visibility)
+    heads = sharding.spec(("batch", None, "heads", None), query.shape)
+    slots = sharding.spec(("batch", "kv_heads", None, None), key.shape)
+    rows = jax.tree.map(lambda a: PartitionSpec(heads[0] if a.shape[0] == query.shape[0] > 1 else None), visibility)
+    return jax.shard_map(
+        run, mesh=sharding.mesh, in_specs=(heads, slots, slots, rows), out_specs=heads, check_vma=False
+    )(query, key, value, visibility)

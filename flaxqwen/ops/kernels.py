@@ -1,0 +1,159 @@
+"""Attention by kernels of libraries, in the terms of `attend_in_blocks`: how each is called, and what it serves.
+
+Axes: B batch, T new tokens, S cache slots, N query heads, K key/value heads, G = N // K query heads per key/value
+head, H head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flaxqwen.ops.attention import Visibility
+
+LANES = 128  # of a TPU: splash takes blocks of multiples of it
+LARGEST_BLOCK = 512
+SPLITS, SMALLEST_PART = (
+    16,
+    16,
+)  # parts of the cache that Pallas' kernel for GPUs runs beside each other, and their slots
+
+
+def splash(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None, interpret: bool
+) -> jax.Array:
+    """JAX's splash attention for TPUs: scores stay in VMEM, and blocks of slots that nobody sees are not read.
+
+    Its own masks are made of numpy for queries that begin at slot 0. Here who sees whom is a function of the slots, and
+    the blocks to read are computed, so that a prompt in parts goes on wherever the cache ends, by the same program.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
+
+    B, T, N, H = query.shape
+    K, S = key.shape[1:3]
+    slots, rows, columns = visibility.query_slot[0], block_size(T), block_size(S)
+    is_read, source = blocks_to_read(slots.reshape(-1, rows), S // columns, columns, window)
+    mask: Any = masks.MaskInfo(source[None], None, is_read[None], None, slots)  # type: ignore[arg-type]
+    attention: Any = library.SplashAttentionKernel(
+        mask,
+        None,
+        None,
+        block_sizes=library.BlockSizes(rows, columns),
+        is_mqa=True,
+        save_residuals=False,
+        mask_value=library.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=Sees(window),
+        interpret=interpret,
+    )
+
+    def row(query: jax.Array, key: jax.Array, value: jax.Array, segment: jax.Array | None) -> jax.Array:
+        segments: Any = None
+        if segment is not None:
+            segments = library.SegmentIds(jax.lax.dynamic_slice_in_dim(segment, slots[0], T), segment)
+        return jax.vmap(lambda q, k, v: attention(q, k, v, segments))(query, key, value)
+
+    scaled = (query.astype(jnp.float32) * H**-0.5).astype(query.dtype)
+    grouped = scaled.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    output = jax.vmap(row)(grouped, key.astype(query.dtype), value.astype(query.dtype), segments_of(visibility))
+    return output.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@dataclass(frozen=True)
+class Sees:
+    """Whether slots of queries see slots of keys: those before them and their own, the last `window` of them if set."""
+
+    window: int | None
+
+    def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        seen = key <= query
+        return seen if self.window is None else seen & (key > query - self.window)
+
+
+def blocks_to_read(slots: jax.Array, count: int, size: int, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """Which of `count` blocks of `size` slots each block of queries, at slots [blocks, queries], sees anything of.
+
+    Returns:
+      [blocks, count] int32, 0 and 1; and of each place the block that is in memory there: its own or, where nothing is
+      seen of that, the next one that is needed, so that it is read meanwhile.
+    """
+    block = jnp.arange(count, dtype=jnp.int32)
+    last = slots.max(axis=1, keepdims=True) // size
+    first = jnp.zeros_like(last)
+    if window is not None:
+        first = jnp.maximum(slots.min(axis=1, keepdims=True) - window + 1, 0) // size
+    following = jnp.roll(first, -1, axis=0)
+    source = jnp.where(block < first, first, jnp.where(block > last, following, block))
+    return ((first <= block) & (block <= last)).astype(jnp.int32), source.astype(jnp.int32)
+
+
+def segments_of(visibility: Visibility) -> jax.Array | None:
+    """[B, S] int: slots see those of their own number; padding is -1. None where all see all."""
+    segment, mask = visibility.slot_segment, visibility.slot_mask
+    if mask is None:
+        return segment
+    return jnp.where(mask, 0 if segment is None else segment, -1)
+
+
+def block_size(length: int) -> int:
+    """The largest power of two that divides a length, up to LARGEST_BLOCK."""
+    return min(length & -length, LARGEST_BLOCK)
+
+
+def splash_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
+    """Rows that are aligned, in lengths that blocks divide."""
+    return visibility.query_slot.shape[0] == 1 and query.shape[1] % LANES == 0 and key.shape[2] % LANES == 0
+
+
+def dot_product(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visibility: Visibility,
+    window: int | None,
+    interpret: bool,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """jax.nn.dot_product_attention, for cuDNN's flash attention. It has no interpreter: `interpret` is not looked at.
+
+    Where new tokens are all that there is they begin at slot 0, and what is seen need not be formed: [B, 1, T, S].
+    """
+    T, S = query.shape[1], key.shape[2]
+    heads = (query, *(a.astype(query.dtype).swapaxes(1, 2) for a in (key, value)))
+    attend: Any = partial(jax.nn.dot_product_attention, *heads, implementation=implementation)
+    if T == S and segments_of(visibility) is None:
+        return attend(is_causal=True, local_window_size=None if window is None else (window - 1, 0))
+    return attend(mask=visibility.visible(S, window)[:, None])
+
+
+def dot_product_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
+    """Half precision, and heads that cuDNN takes."""
+    return query.dtype.itemsize == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 128
+
+
+def decode(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None, interpret: bool
+) -> jax.Array:
+    """Pallas' decoding attention for GPUs: the cache of a row is read in parts, beside each other. One token a row."""
+    from jax.experimental.pallas.ops.gpu.decode_attention import mqa
+
+    B, _, N, H = query.shape
+    K, S = key.shape[1:3]
+    slot = jnp.broadcast_to(visibility.query_slot[:, 0], (B,))
+    end = jnp.repeat(slot + 1, K)
+    begin = None if window is None else jnp.maximum(end - window, 0)
+    heads = (query.reshape(B * K, N // K, H), *(a.astype(query.dtype).reshape(B * K, S, H) for a in (key, value)))
+    return mqa(*heads, begin, end, k_splits=SPLITS, interpret=interpret).reshape(B, 1, N, H)
+
+
+def decode_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
+    """One token a row, without padding, over parts of a length that is a power of two."""
+    S = key.shape[2]
+    plain = visibility.slot_mask is None and visibility.query_segment is None
+    return plain and query.shape[1] == 1 and S % (SPLITS * SMALLEST_PART) == 0

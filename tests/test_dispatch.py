@@ -1,0 +1,194 @@
+"""Attention by kernels equals the plain one, runs where it is for, and leaves alone what it does not serve."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxqwen import AutoModelForCausalLM, Qwen2Config
+from flaxqwen.ops import kernels
+from flaxqwen.ops.attention import Visibility, attend_in_blocks
+from flaxqwen.ops.dispatch import DEFAULTS, Attention, choose_attention
+from tests.reference import close, counted_compilations, padded_mask, random_ids, tiny
+
+B, T, S, K, H = 2, 128, 384, 2, 16
+SPLASH = Attention(prefill="splash", interpret=True)
+
+
+def heads_of(rng, groups, tokens=T, slots=S, dtype=jnp.float32):
+    """query [B, T, N, H], key and value [B, K, S, H]."""
+    shapes = (B, tokens, K * groups, H), (B, K, slots, H), (B, K, slots, H)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def slots_from(start, tokens=T):
+    return jnp.arange(start, start + tokens, dtype=jnp.int32)[None]
+
+
+def left_padding(padded, slots=S):
+    return jnp.asarray(np.arange(slots)[None] >= np.asarray(padded)[:, None])
+
+
+WINDOWS = {"full": None, "sliding": 70, "narrow": 5}
+STARTS = {"first": 0, "goes on": 200, "goes on at a block": 256}
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("start", STARTS)
+def test_splash(rng, start, window, groups):
+    """Wherever the prompt goes on in the cache: one program for all of it."""
+    heads, visibility = heads_of(rng, groups), Visibility(slots_from(STARTS[start]))
+    got = kernels.splash(*heads, visibility, WINDOWS[window], interpret=True)
+    close(got, attend_in_blocks(*heads, visibility, WINDOWS[window]), relative=1e-6)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_splash_with_padding(rng, window):
+    """Each row's own; what padding itself sees is nobody's concern, but is finite."""
+    padded, start = [0, 230], 200
+    visibility = Visibility(slots_from(start), left_padding(padded))
+    heads = heads_of(rng, 2)
+    got = kernels.splash(*heads, visibility, WINDOWS[window], interpret=True)
+    real = np.arange(start, start + T)[None] >= np.asarray(padded)[:, None]
+    close(got, attend_in_blocks(*heads, visibility, WINDOWS[window]), relative=1e-6, where=real)
+    assert np.isfinite(np.asarray(got)).all()
+
+
+def test_splash_with_segments(rng):
+    """Packed rows: a token sees its own segment alone."""
+    segments = jnp.asarray(np.sort(rng.integers(0, 4, (B, T)), axis=1), jnp.int32)
+    visibility = Visibility(slots_from(0), None, segments, segments)
+    heads = heads_of(rng, 2, slots=T)
+    got = kernels.splash(*heads, visibility, None, interpret=True)
+    close(got, attend_in_blocks(*heads, visibility), relative=1e-6)
+
+
+def test_splash_sums_in_float32(rng):
+    """bfloat16 in and out, off by its rounding from the plain one in float32; no further than that is in bfloat16."""
+    exact = heads_of(rng, 2, slots=T)
+    visibility = Visibility(slots_from(0))
+    rounded = [a.astype(jnp.bfloat16) for a in exact]
+    want = attend_in_blocks(*(a.astype(jnp.float32) for a in rounded), visibility)
+    ours = kernels.splash(*rounded, visibility, None, interpret=True)
+    plain = attend_in_blocks(*rounded, visibility)
+    assert ours.dtype == jnp.bfloat16
+    errors = [np.abs(np.asarray(got, np.float32) - want).mean() for got in (ours, plain)]
+    assert errors[0] <= 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("padded", [None, [0, 30]])
+@pytest.mark.parametrize(("start", "slots"), [(0, T), (200, S)])
+def test_dot_product(rng, start, slots, padded, window):
+    """How cuDNN is asked, answered by XLA: jax.nn's other implementation of the same call."""
+    visibility = Visibility(slots_from(start), None if padded is None else left_padding(padded, slots))
+    heads = heads_of(rng, 4, slots=slots)
+    got = kernels.dot_product(*heads, visibility, WINDOWS[window], interpret=False, implementation="xla")
+    real = np.arange(start, start + T)[None] >= np.asarray(padded or [0, 0])[:, None]
+    close(got, attend_in_blocks(*heads, visibility, WINDOWS[window]), relative=1e-6, where=real)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", [[300], [0, 511]])
+def test_decode(rng, lengths, window):
+    """One token a row, at one slot for all rows or at each one's own."""
+    visibility = Visibility(jnp.asarray(lengths, jnp.int32)[:, None])
+    heads = heads_of(rng, 4, tokens=1, slots=512)
+    got = kernels.decode(*heads, visibility, WINDOWS[window], interpret=True)
+    close(got, attend_in_blocks(*heads, visibility, WINDOWS[window]), relative=1e-6)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny(max_position_embeddings=1024, use_sliding_window=True, sliding_window=150, max_window_layers=1)
+    return AutoModelForCausalLM.from_config(Qwen2Config.from_dict(config), seed=2)
+
+
+def with_attention(model, attention):
+    return dataclasses.replace(model, module=model.module.clone(attention=attention))
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 128}])
+def test_generate(rng, model, options):
+    """Left-padded prompts, whole and in parts, a layer with a window: logits and tokens of the plain one."""
+    ids, mask = random_ids(rng, (2, 300)), padded_mask([300, 200], 300, "left")
+    options = options | {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    ours, plain = (
+        with_attention(model, attention).generate(ids, attention_mask=mask, **options)
+        for attention in (SPLASH, Attention())
+    )
+    assert (ours.sequences == plain.sequences).all()
+    close(np.stack(ours.logits), np.stack(plain.logits), relative=1e-5)
+
+
+def test_decode_in_a_model(rng, model):
+    ids = random_ids(rng, (2, 200))
+    attention = Attention(decode="pallas", interpret=True)
+    ours, plain = (with_attention(model, choice).generate(ids, max_new_tokens=6) for choice in (attention, Attention()))
+    assert (ours == plain).all()
+
+
+def kernels_in(model, ids, **inputs):
+    """How many kernels a forward over a cache runs."""
+    cache = model(ids[:, :1], use_cache=True).past_key_values.grow(512)
+    run = partial(model.module.apply, past_key_values=cache, **inputs)
+    return str(jax.make_jaxpr(run)(model.variables, ids)).count("pallas_call")
+
+
+def test_what_is_not_served_is_plain(rng, model):
+    """Masks of 4 dimensions, attention weights, lengths that blocks do not divide, rows at their own slots."""
+    splash, ids = with_attention(model, SPLASH), random_ids(rng, (2, 128))
+    assert kernels_in(splash, ids, cache_position=jnp.arange(1, 129)) == 0  # rows have lengths of their own
+    aligned = random_ids(rng, (1, 128))
+    assert kernels_in(splash, aligned) == 2  # layers
+    assert kernels_in(splash, aligned[:, :100]) == 0
+    assert kernels_in(splash, aligned, output_attentions=True) == 0
+    assert kernels_in(splash, aligned, attention_mask=jnp.ones((1, 1, 128, 129), bool)) == 0
+    assert kernels_in(model, aligned) == 0
+
+
+def test_int8_cache_is_plain(rng, model):
+    ids = random_ids(rng, (1, 128))
+    with counted_compilations():
+        ours, plain = (
+            with_attention(model, attention).generate(ids, max_new_tokens=3, cache_dtype="int8")
+            for attention in (SPLASH, Attention())
+        )
+    assert (ours == plain).all()
+
+
+def test_the_table():
+    assert choose_attention(None, "cpu") == Attention()
+    assert choose_attention(None, "cuda") == DEFAULTS["gpu"] == Attention()  # not measured: nothing but by name
+    assert choose_attention(None, "tpu") == Attention(prefill="splash")
+    assert choose_attention("xla", "tpu") == Attention()
+    assert choose_attention("cudnn", "cuda") == Attention(prefill="cudnn", whole="cudnn")
+    both = choose_attention({"prefill": "cudnn", "decode": "pallas"}, "gpu")
+    assert both == Attention(decode="pallas", prefill="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("flash", "'flash' is not known; expected one of xla, splash, cudnn, pallas"),
+        ("splash", "'splash' is for prefill on a tpu, not for prefill on a cpu"),
+        ({"prefil": "xla"}, "has 'prefil'; expected decode, prefill, whole"),
+    ],
+)
+def test_refused(wanted, message):
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_config(Qwen2Config.from_dict(tiny()), attention_implementation=wanted)
+
+
+def test_the_name_in_transformers(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="did you mean 'attention_implementation'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attention_implementation="xla")
+    assert loaded.module.attention == Attention()
