@@ -10,6 +10,7 @@ P positions after pooling (L / 2), E width of the encoder, D width of the decode
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -48,7 +49,7 @@ class Qwen2AudioAttention(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         linear = partial(Linear, config.d_model, stddev=config.initializer_range, by_rows=True, **dtypes)
         self.q_proj, self.v_proj, self.out_proj = (linear(use_bias=True) for _ in range(3))
         self.k_proj = linear()
