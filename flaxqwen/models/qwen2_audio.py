@@ -10,7 +10,6 @@ P positions after pooling (L / 2), E width of the encoder, D width of the decode
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -49,8 +48,10 @@ class Qwen2AudioAttention(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        linear = partial(Linear, config.d_model, stddev=config.initializer_range, by_rows=True, **dtypes)
+        linear = partial(
+            Linear, config.d_model, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype,
+            by_rows=True,
+        )  # fmt: skip
         self.q_proj, self.v_proj, self.out_proj = (linear(use_bias=True) for _ in range(3))
         self.k_proj = linear()
         self.dropout = nn.Dropout(config.attention_dropout)
