@@ -281,7 +281,8 @@ def language_model_class(config: PretrainedConfig) -> type[_AutoModel]:
 
 def _platform(mesh: Mesh | None) -> str:
     """Of the devices that a model lies on: those of a mesh, or jax's default one."""
-    device = jax.config.read("jax_default_device") if mesh is None else mesh.devices.flat[0]
+    settings: Any = jax.config
+    device = settings.jax_default_device if mesh is None else mesh.devices.flat[0]
     return jax.default_backend() if device is None else getattr(device, "platform", device)
 
 

@@ -6,6 +6,7 @@ head, H head dim.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,7 +62,10 @@ def splash(
 
     scaled = (query.astype(jnp.float32) * H**-0.5).astype(query.dtype)
     grouped = scaled.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
-    output = jax.vmap(row)(grouped, key.astype(query.dtype), value.astype(query.dtype), segments_of(visibility))
+    heads = (grouped, key.astype(query.dtype), value.astype(query.dtype))
+    # Mosaic does not compile products of bfloat16 at a precision beyond theirs, which a user may have set.
+    with nullcontext() if query.dtype == jnp.float32 else jax.default_matmul_precision("default"):
+        output = jax.vmap(row)(*heads, segments_of(visibility))
     return output.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
