@@ -24,6 +24,7 @@ _HOMES = {
     "Qwen2AudioEncoder": "flaxqwen.models.qwen2_audio",
     "Qwen2AudioForConditionalGeneration": "flaxqwen.models.qwen2_audio",
     "Qwen2AudioModel": "flaxqwen.models.qwen2_audio",
+    "Qwen2AudioMultiModalProjector": "flaxqwen.models.qwen2_audio",
     "Qwen2Config": "flaxqwen.config",
     "Qwen2ForCausalLM": "flaxqwen.models.qwen2",
     "Qwen2ForQuestionAnswering": "flaxqwen.models.heads",
