@@ -92,9 +92,10 @@ def read_part(tensor: StoredTensor, box: Box, source: Source | None, counter: Co
     start, stop = box[axis]
     pieces = list(_pieces(source, start, stop))
     # Blocks ascend: between the first and the last there is none that is not in the box.
-    first, last = (pieces[0][2], pieces[-1][2] + pieces[-1][1] - pieces[-1][0]) if pieces else (0, 0)
+    first = min((taken for _, _, taken in pieces), default=0)
+    last = max((taken + end - place for place, end, taken in pieces), default=0)
     inner = read_box(tensor, (*box[:axis], (first, last), *box[axis + 1 :]), counter)
-    if last - first == stop - start:
+    if last - first == stop - start and all(taken - first == place - start for place, _, taken in pieces):
         return inner
     out = np.zeros([last - first for first, last in box], tensor.dtype)
     before = (slice(None),) * axis

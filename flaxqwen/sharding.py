@@ -229,14 +229,15 @@ class Sharding:
         if source is None:
             return jax.device_put(leaf, self.of_parameter(path, leaf.shape))
         place = self.of_parameter(path, source.laid_shape(leaf.shape))
-        return _move(leaf, source=source, place=place, is_back=False)
+        # Put again: the program's own name for the place is another, and would compile what it is given to anew.
+        return jax.device_put(_move(leaf, source=source, place=place, is_back=False), place)
 
     def undo(self, path: Path, leaf: jax.Array, source: Source | None) -> jax.Array:
         """A parameter as the checkpoint has it, cut as its axes allow; the inverse of `lay`."""
         if source is None:
             return leaf
         place = self.of_parameter(path, source.stored_shape(leaf.shape))
-        return _move(leaf, source=source, place=place, is_back=True)
+        return jax.device_put(_move(leaf, source=source, place=place, is_back=True), place)
 
     def undo_heads(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters as the checkpoint has them."""
