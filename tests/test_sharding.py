@@ -351,7 +351,10 @@ def test_parts_of_a_checkpoint(rng, tmp_path):
     layout = HeadLayout.fit(Qwen2Config.from_dict(CONFIG), 4)
     names = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "v_proj.bias", "o_proj.weight", "down_proj.weight")
     shapes = ((112, 56), (112,), (16, 56), (16,), (56, 112), (56, 96))
-    stored = {f"self_attn.{n}": rng.normal(size=s).astype(np.float32) for n, s in zip(names, shapes, strict=True)}
+    stored = {  # no value twice
+        f"self_attn.{name}": 1 + rng.permutation(np.prod(shape)).reshape(shape).astype(np.float32)
+        for name, shape in zip(names, shapes, strict=True)
+    }
     for layout_on_disk in ("checkpoint", "linen"):
         folder = tmp_path / layout_on_disk
         save_params(stored, folder, to="flax", layout=layout_on_disk)
