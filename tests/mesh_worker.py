@@ -232,7 +232,7 @@ def run_kernels(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarr
     mask = np.arange(100)[None] >= 5 * np.arange(8)[:, None]
     options = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
     found = {}
-    for name, attention in (("plain", Attention()), ("splash", Attention(prefill="splash", interpret=True))):
+    for name, attention in (("xla", Attention()), ("splash", Attention(prefill="splash", interpret=True))):
         by = dataclasses.replace(model, module=model.module.clone(attention=attention))
         found[name] = np.stack(by.generate(ids, attention_mask=mask, **options).logits)
         cache = init_cache(by.module.config, 8, 128, np.float32)
