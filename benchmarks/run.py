@@ -107,6 +107,15 @@ def peak_bytes(side: str, device: str) -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def case_ms(generate: Generate, ids: np.ndarray, new: int, repeats: int) -> float:
+    """Milliseconds of prefill (new = 1), or of each further token; the median of the repeats, after one more."""
+    times = []
+    for _ in range(repeats + 1):
+        first = seconds(lambda: generate(ids, 1))
+        times.append(first if new == 1 else (seconds(lambda: generate(ids, new)) - first) / (new - 1))
+    return statistics.median(times[1:]) * 1e3
+
+
 def measure(side: str, model: str, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of one side; one that fails, such as for want of memory, gives its error in their place."""
     rng, device = np.random.default_rng(0), arguments.device
@@ -123,15 +132,12 @@ def measure(side: str, model: str, dtype: str, arguments: argparse.Namespace) ->
     lengths, batches = map(int, arguments.contexts.split(",")), list(map(int, arguments.batches.split(",")))
     cases += [("decode", batch, length) for length in lengths for batch in batches]
     for phase, batch, length in cases:
-        ids, new, times = prompt(batch, length), arguments.new, []
+        new = arguments.new if phase == "decode" else 1
         try:
-            for _ in range(arguments.repeats + 1):
-                first = seconds(lambda: generate(ids, 1))  # noqa: B023
-                step = (seconds(lambda: generate(ids, new)) - first) / (new - 1) if phase == "decode" else first  # noqa: B023
-                times.append(step * 1e3)
-            found[f"{phase}_ms_{batch}x{length}"] = round(statistics.median(times[1:]), 2)
-        except Exception as error:
-            found[f"{phase}_ms_{batch}x{length}"] = f"{type(error).__name__}: {error}"[:200]
+            figure: Any = round(case_ms(generate, prompt(batch, length), new, arguments.repeats), 2)
+        except Exception as error:  # torch and XLA have classes of their own for want of memory, which is a finding
+            figure = f"{type(error).__name__}: {error}"[:200]
+        found[f"{phase}_ms_{batch}x{length}"] = figure
     return found | {"peak_mb": round(peak_bytes(side, device) / 1e6)}
 
 

@@ -305,8 +305,8 @@ class OrbaxTensor:
 
 
 def _result(future: Any, folder: Path, path: ParameterPath) -> Any:
-    """What tensorstore's future gives; its errors, which are of many kinds, by the name of the tensor."""
+    """What tensorstore's future gives; errors by the name of the tensor."""
     try:
         return future.result()
-    except Exception as error:
+    except Exception as error:  # tensorstore raises ValueError, KeyError, OSError and others, by the status it met
         raise CheckpointError(f"{folder}: {to_name(path)} cannot be read: {error}") from error

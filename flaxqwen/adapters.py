@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from flaxqwen.config import PretrainedConfig
+from flaxqwen.config import PretrainedConfig, Qwen2Config
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.hub import resolve_adapter
 from flaxqwen.lora import LoraConfig, adapted_module, init_adapter, make_variables, read_adapter, write_adapter
@@ -197,8 +197,8 @@ class AdapterMethods:
         """A plain model with the active adapters in its weights, to be saved, converted or quantized."""
         merged = self.merge_adapter()
         config = self.config
-        if hasattr(config, "tie_word_embeddings") and "lm_head" in merged.variables["params"]:
-            config = dataclasses.replace(config, tie_word_embeddings=False)  # type: ignore[call-arg]
+        if isinstance(config, Qwen2Config) and "lm_head" in merged.variables["params"]:
+            config = dataclasses.replace(config, tie_word_embeddings=False)
         return self._replace(
             module=merged.module, params=merged.variables["params"], config=config, adapters=Adapters()
         )
@@ -250,7 +250,7 @@ class AdapterMethods:
         return self._apply(Adapters(loaded, (name,)))
 
     def _replace(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]  # Model, which mixes this in, is one
 
     def _check_new(self, name: str) -> None:
         if name in self.adapters.loaded:

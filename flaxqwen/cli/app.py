@@ -469,7 +469,6 @@ def _train(
         "eval_every": eval_every,
         "log_every": log_every,
     }
-    where: dict[str, Any] = {"mesh": mesh, "distributed": distributed}
     with joined(distributed):
         train_model(
             model,
@@ -481,5 +480,6 @@ def _train(
             plot=plot,
             lora=lora,
             options=options,
-            **where,
+            mesh=mesh,
+            distributed=distributed,
         )

@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
         # The interpreter flushes stdout once more when it ends: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except Exception as error:
+    except Exception as error:  # whichever: _is_users tells those that a user can mend, and bugs go on as they are
         if not _is_users(error):
             raise
         print(f"error: {describe(error)}", file=sys.stderr)

@@ -340,7 +340,7 @@ class Steps:
         ends = np.array([len(row) - 1 if self.finished[i] else self.most for i, row in enumerate(self.tokens)])
         finished = np.arange(begin, self.given)[:, None] >= ends
         kept: Any = {name: self._stack(rows, steps) for name, rows in self.kept.items()}
-        return loop.StepOutput(tokens, finished, **kept)  # type: ignore[arg-type]
+        return loop.StepOutput(tokens, finished, **kept)  # type: ignore[arg-type]  # on the host: numpy's
 
     def _stack(self, rows: list[list[np.ndarray]], steps: range) -> np.ndarray:
         """[steps, B, V]; 0 where a row has ended before."""

@@ -95,7 +95,8 @@ def _encode(
         return None
     room = bucket(len(wanted), 1) - len(wanted)  # few programs
     clips = [np.pad(a[wanted], ((0, room),) + ((0, 0),) * (a.ndim - 1)) for a in (features, frames)]
-    whole = model.config.audio_config.max_source_positions  # type: ignore[union-attr]
+    assert isinstance(model.config, Qwen2AudioConfig)
+    whole = model.config.audio_config.max_source_positions
     positions = positions_for(int(frames[wanted].sum(-1).max()), whole)
     count = np.int32(len(wanted))
     vectors = encode_clips(model.module, model.variables, *clips, count, positions=positions)

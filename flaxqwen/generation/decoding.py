@@ -141,7 +141,7 @@ def run(
 
 
 def start(
-    prefill: Callable[..., Any],
+    prefill: Any,
     model: CausalLM,
     request: Inputs,
     choice: Any,
@@ -188,7 +188,7 @@ def start(
     static |= {"copies": copies, **shape}
     if follow is None:
         return model.programs.run(prefill, *arguments, **static)
-    next_program = follow(prefill.trace(*arguments, **static).out_info[0])  # type: ignore[attr-defined]
+    next_program = follow(prefill.trace(*arguments, **static).out_info[0])
     with ThreadPoolExecutor(1) as pool:
         pool.submit(next_program.compile)  # an error comes again where the program is called
         return prefill(*arguments, **static)

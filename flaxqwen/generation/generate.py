@@ -145,8 +145,9 @@ def generate(
         streamer.put(prompts)
     steps: list[loop.StepOutput] = []
     cache: KVCache | None = None
-    for output, cache in call.run():  # noqa: B007 (the last cache is the result's)
+    for output, kept_cache in call.run():
         steps.append(output)
+        cache = kept_cache
         if streamer is not None:
             for tokens in output.tokens:
                 streamer.put(tokens)
@@ -268,7 +269,8 @@ def prepare(
         ids = _bos_prompt(model, generation_config, options)
     ids = None if ids is None else check_input_ids(ids, config)
     embeds = None if inputs_embeds is None else check_embeds(inputs_embeds, ids, config)
-    shape = (ids if embeds is None else embeds).shape[:2]  # type: ignore[union-attr]
+    given: Any = ids if embeds is None else embeds
+    shape = given.shape[:2]
     settle = partial(
         resolve,
         model.generation_config,
@@ -317,8 +319,9 @@ def _healed(
     mask = check_attention_mask(mask, ids, options, ids.shape)
 
     def regrow(prompt: np.ndarray, biases: dict) -> int:
-        found = generate(model, prompt, max_new_tokens=1, sequence_bias=biases, seed=options.seed, token_healing=False)
-        return int(found[0, -1])  # type: ignore[index]
+        settings: Any = {"sequence_bias": biases, "seed": options.seed, "token_healing": False}
+        found: Any = generate(model, prompt, max_new_tokens=1, **settings)
+        return int(found[0, -1])
 
     return heal(ids, mask, tokenizer, options.pad_token_id or 0, regrow)
 

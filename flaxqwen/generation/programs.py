@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import platform
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -28,6 +27,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from flaxqwen.config import PretrainedConfig
+from flaxqwen.ops.cpu import cpu_flags
 from flaxqwen.sharding import module_sharding
 
 HEADER = "made_for.json"
@@ -67,12 +67,12 @@ class Recorder(Programs):
 
     compiled: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict)
 
-    def run(self, program: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
+    def run(self, program: Any, *arguments: Any, **static: Any) -> Any:
         """As Programs.run."""
         _, traced = split(arguments)
         key = key_of(program, traced, static)
         if key not in self.compiled:
-            lowered: jax.stages.Lowered = program.lower(*arguments, **static)  # type: ignore[attr-defined]
+            lowered: jax.stages.Lowered = program.lower(*arguments, **static)
             with compiled_anew():
                 self.compiled[key] = lowered.compile(AS_EVER)
         return self.compiled[key](*traced)
@@ -185,9 +185,8 @@ def _without_notes(config: PretrainedConfig) -> PretrainedConfig:
 
 def _processor() -> str:
     """This machine's instructions: XLA's programs for a CPU use all that it has."""
-    info = Path("/proc/cpuinfo")
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
-    return f"{platform.machine()} {_digest(flags[1].encode()) if flags else platform.processor()}"
+    flags = cpu_flags()
+    return f"{platform.machine()} {_digest(flags.encode()) if flags else platform.processor()}"
 
 
 def _digest(*parts: bytes) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Stream(Generic[Piece], Iterator[Piece], AsyncIterator[Piece]):
         piece = await asyncio.to_thread(next, self._pieces, _END)
         if piece is _END:
             raise StopAsyncIteration
-        return piece  # type: ignore[return-value]
+        return cast(Piece, piece)
 
     async def aclose(self) -> None:
         """End the generation."""

@@ -24,7 +24,8 @@ class ModelOutput:
 
     def keys(self) -> tuple[str, ...]:
         """Names of the fields that are not None."""
-        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)  # type: ignore[arg-type]
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # of the PyTreeNode that each subclass is
+        return tuple(field.name for field in fields if getattr(self, field.name) is not None)
 
     def __getitem__(self, key: int | slice | str) -> Any:
         if not isinstance(key, str):

@@ -12,15 +12,18 @@ import jax.numpy as jnp
 MAX_FUSED_CONTRACTION = 4096
 
 
-def _has_amx() -> bool:
-    """Whether the CPU has units for tiles of bfloat16 and int8 (Linux says so; elsewhere there are none)."""
+def cpu_flags() -> str:
+    """What Linux says that this machine's CPU can do; empty elsewhere."""
     try:
-        return "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        with Path("/proc/cpuinfo").open(encoding="ascii", errors="replace") as lines:
+            # The first processor's: the others are alike, and a large machine takes long to list them.
+            return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
-        return False
+        return ""
 
 
-HAS_AMX = _has_amx()
+# Units for tiles of bfloat16 and int8.
+HAS_AMX = "amx_tile" in cpu_flags().split()
 
 
 def rows_of(x: jax.Array) -> int:

@@ -113,11 +113,11 @@ def run_attention(
 
     sharding: of heads that lie on a mesh; a kernel runs on each device's part of them.
     """
-    chosen = IMPLEMENTATIONS.get(getattr(attention, kind))
-    is_plain = chosen is None or scales is not None or visibility.full is not None
-    if is_plain or not chosen.serves(query, key, visibility):  # type: ignore[union-attr]
+    is_plain = scales is not None or visibility.full is not None
+    chosen = None if is_plain else IMPLEMENTATIONS.get(getattr(attention, kind))
+    if chosen is None or not chosen.serves(query, key, visibility):
         return attend_in_blocks(query, key, value, visibility, window, scales)
-    run = partial(chosen.run, window=window, interpret=attention.interpret)  # type: ignore[union-attr]
+    run = partial(chosen.run, window=window, interpret=attention.interpret)
     if sharding is None:
         return run(query, key, value, visibility)
     heads = sharding.spec(("batch", None, "heads", None), query.shape)

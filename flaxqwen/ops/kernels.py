@@ -18,10 +18,8 @@ from flaxqwen.ops.attention import Visibility
 
 LANES = 128  # of a TPU: splash takes blocks of multiples of it
 LARGEST_BLOCK = 512
-SPLITS, SMALLEST_PART = (
-    16,
-    16,
-)  # parts of the cache that Pallas' kernel for GPUs runs beside each other, and their slots
+# Parts of the cache that Pallas' kernel for GPUs runs beside each other, and the fewest slots of one.
+SPLITS, SMALLEST_PART = 16, 16
 
 
 def splash(
@@ -39,7 +37,8 @@ def splash(
     K, S = key.shape[1:3]
     slots, rows, columns = visibility.query_slot[0], block_size(T), block_size(S)
     is_read, source = blocks_to_read(slots.reshape(-1, rows), S // columns, columns, window)
-    mask: Any = masks.MaskInfo(source[None], None, is_read[None], None, slots)  # type: ignore[arg-type]
+    parts: Any = (source[None], None, is_read[None], None, slots)  # its stubs say numpy; the kernel takes traced ones
+    mask: Any = masks.MaskInfo(*parts)
     attention: Any = library.SplashAttentionKernel(
         mask,
         None,

@@ -31,7 +31,7 @@ def test_contractions(
         assert np.abs(np.asarray(got, np.float64) - want).max() <= TOLERANCE[dtype] * np.abs(want).max()
 
 
-def test_few_rows_do_not_pack_the_weight(rng: np.random.Generator):
+def test_few_rows_do_not_pack_the_weight():
     """On a CPU the weight is the left operand of the product and no copy of it is made: XLA has not swapped it back."""
     x, weight = jnp.ones((6, 256)), jnp.ones((512, 256))
     text = jax.jit(linear.contract).lower(x, weight).compile().as_text()

@@ -38,7 +38,7 @@ def processor(cls: type[C]) -> type[C]:
     top-p, which have as many fields, were equal keys of jit's cache, and one call in a hundred got the other's program.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # a dataclass by now
     traced = [field.name for field in fields if field.metadata.get("pytree_node", True)]
     static = [field.name for field in fields if field.name not in traced]
     keys = [jax.tree_util.GetAttrKey(name) for name in traced]
