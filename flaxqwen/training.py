@@ -283,7 +283,8 @@ def _run_decoder(module: Any, variables: Variables, batch: Batch, remat: Remat) 
     visibility = make_visibility(config, batch.get("attention_mask"), slots, None, batch.get("segment_ids"))
 
     def run(x: jax.Array, weights: Variables, index: int) -> jax.Array:
-        layer: Any = Qwen2DecoderLayer(config, index, module.dtype, module.param_dtype, module.sharding)
+        dtypes = (module.dtype, module.param_dtype)
+        layer: Any = Qwen2DecoderLayer(config, index, *dtypes, module.sharding, module.attention)
         return layer.apply(weights, x, rope, visibility, None, False, True)[0]
 
     decoder = _part(variables, "model", *(() if isinstance(module, Qwen2ForCausalLM) else ("language_model",)))

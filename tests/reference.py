@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,6 +104,36 @@ def padded_mask(lengths: list[int], width: int, side: str) -> np.ndarray:
     column = np.arange(width)[None]
     length = np.asarray(lengths)[:, None]
     return (column >= width - length if side == "left" else column < length).astype(np.int32)
+
+
+def torch_losses(
+    model: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    schedule: Callable[[int], Any],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float,
+) -> list[float]:
+    """What requires a gradient, trained by torch's AdamW with clipping, a step a batch; vectors do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=eps)
+    losses = []
+    for number, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedule(number))
+        loss = model(**{name: th(values) for name, values in batch.items()}, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def th(x: np.ndarray) -> Any:

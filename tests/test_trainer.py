@@ -18,7 +18,7 @@ from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 from flaxqwen.trainer import TrainingOptions, train
 from flaxqwen.training import make_schedule
-from tests.reference import close, pair, random_ids, th, torch
+from tests.reference import close, pair, random_ids, th, torch, torch_losses
 
 peft = pytest.importorskip("peft", reason="adapters are compared with the peft library: pip install flaxqwen[test]")
 for extra in ("grain", "orbax.checkpoint"):
@@ -53,30 +53,6 @@ def losses_of(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def torch_losses(model: Any, rows: dict[str, np.ndarray], options: TrainingOptions) -> list[float]:
-    """peft's model trained on the same batches by torch's AdamW with clipping; vectors do not decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(options.beta1, options.beta2), eps=options.eps)
-    schedule = make_schedule(STEPS, options.learning_rate, options.warmup_steps)
-    batches = Batches(rows, options.batch_size, options.accumulate, options.seed)
-    losses = []
-    for number in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = float(schedule(number))
-        batch = {name: th(values) for name, values in batches[number].items()}
-        loss = model(**batch, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, options.max_grad_norm)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 def loss_on(model: Model, rows: dict[str, np.ndarray]) -> float:
     """Of all rows, so that it does not depend on which are in a batch."""
     return float(model(rows["input_ids"], labels=rows["labels"]).loss)
@@ -94,7 +70,11 @@ def test_adapters_train_as_in_peft(kind: str, rng: np.random.Generator, tmp_path
     trained, taken = train(base, rows, tmp_path / "run", options)
     assert taken == STEPS
     start = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True)
-    expected = torch_losses(start, rows, options)
+    batches = Batches(rows, options.batch_size, options.accumulate, options.seed)
+    schedule = make_schedule(STEPS, options.learning_rate, options.warmup_steps)
+    settings = {name: getattr(options, name) for name in ("eps", "weight_decay", "max_grad_norm")}
+    betas = (options.beta1, options.beta2)
+    expected = torch_losses(start, map(batches.__getitem__, range(STEPS)), schedule, betas=betas, **settings)
     np.testing.assert_allclose(losses_of(tmp_path / "run"), expected, rtol=1e-4)
     assert loss_on(trained, rows) < 0.95 * loss_on(base, rows)
     assert (np.asarray(trained.disable_adapters()(ids).logits) == before).all()

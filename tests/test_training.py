@@ -14,6 +14,8 @@ from flaxqwen.auto import AutoModelForCausalLM
 from flaxqwen.config import Qwen2Config
 from flaxqwen.convert.names import to_path
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
+from flaxqwen.ops.attention import attend_in_blocks
+from flaxqwen.ops.dispatch import IMPLEMENTATIONS, Attention, Implementation
 from flaxqwen.sharding import make_mesh
 from flaxqwen.training import (
     TrainState,
@@ -25,7 +27,7 @@ from flaxqwen.training import (
     stack_layers,
     unstack_layers,
 )
-from tests.reference import close, pair, random_ids, tiny, torch
+from tests.reference import close, pair, random_ids, tiny, torch, torch_losses
 
 STEPS, ROWS, WIDTH = 50, 3, 12
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 1.0}
@@ -41,26 +43,6 @@ def leaf(tree: Any, name: str) -> Any:
     for key in to_path(name):
         tree = tree[key]
     return tree
-
-
-def torch_losses(model: Any, batches: list[tuple[np.ndarray, np.ndarray]], schedule: Any) -> list[float]:
-    """Transformers' model trained by torch's AdamW with clipping; norms and biases do not decay."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim > 1]
-    vectors = [p for name, p in named if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": SETTINGS["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=SETTINGS["betas"], eps=SETTINGS["eps"])
-    losses = []
-    for number, (ids, labels) in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = float(schedule(number))
-        loss = model(input_ids=torch.tensor(ids).long(), labels=torch.tensor(labels).long(), use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], SETTINGS["max_grad_norm"])
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -88,7 +70,8 @@ def test_fifty_steps_as_in_pytorch(rng: np.random.Generator, tied: bool):
     for ids, labels in batches:
         state, metrics = step(state, {"input_ids": jnp.asarray(ids), "labels": jnp.asarray(labels)})
         losses.append(float(metrics["loss"]))
-    np.testing.assert_allclose(losses, torch_losses(theirs, batches, schedule), rtol=1e-4)
+    named = [{"input_ids": ids, "labels": labels} for ids, labels in batches]
+    np.testing.assert_allclose(losses, torch_losses(theirs, named, schedule, **SETTINGS), rtol=1e-4)
 
 
 def test_schedule_is_transformers_cosine_with_warmup():
@@ -239,6 +222,22 @@ def test_state_is_donated(tied_model):
     compiled = jax.jit(make_train_step(module, optimizer), donate_argnums=0).lower(state, batch).compile()
     held = sum(a.nbytes for a in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * held
+
+
+def test_attention_is_the_modules(tied_model, monkeypatch: pytest.MonkeyPatch):
+    """Each layer of a step asks the table for what the module says of rows without a cache."""
+    module, params = tied_model
+    calls = []
+
+    def run(*inputs: Any, window: int | None, interpret: bool) -> jax.Array:
+        calls.append(window)
+        return attend_in_blocks(*inputs, window)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "watched", Implementation(run, lambda *_: True, ("whole",), "cpu"))
+    module = module.clone(attention=Attention(whole="watched"))
+    ids = jnp.ones((1, 8), jnp.int32)
+    jax.eval_shape(lambda params: loss_sum(module, {"params": params}, {"input_ids": ids, "labels": ids}), params)
+    assert len(calls) == module.config.num_hidden_layers
 
 
 def test_refusals(tied_model):

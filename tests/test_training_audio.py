@@ -39,7 +39,7 @@ from tests.models.test_qwen2_audio import (  # noqa: F401
     random_labels,
     theirs_of,
 )
-from tests.reference import close, random_ids, th, torch
+from tests.reference import close, random_ids, th, torch, torch_losses
 
 STEPS, WIDTH = 10, 100
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 1.0}
@@ -55,27 +55,6 @@ def make_batch(rng: np.random.Generator, clips: tuple[int, ...], side: str = "le
     hidden = batch["attention_mask"] == 0
     batch["labels"] = np.where(hidden, random_ids(rng, hidden.shape), random_labels(rng, batch["attention_mask"]))
     return batch
-
-
-def torch_losses(model: Any, batches: list[Batch], schedule: optax.Schedule) -> list[float]:
-    """What requires a gradient, trained by torch's AdamW with clipping; vectors do not decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": SETTINGS["weight_decay"]},
-        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=SETTINGS["betas"], eps=SETTINGS["eps"])
-    losses = []
-    for number, batch in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = float(schedule(number))
-        loss = model(**{name: th(values) for name, values in batch.items()}, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, SETTINGS["max_grad_norm"])
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def our_losses(
@@ -97,7 +76,7 @@ def test_steps_as_in_pytorch(models, rng: np.random.Generator):  # noqa: F811
     optimizer = make_optimizer(schedule, **SETTINGS)
     state = TrainState.create({"params": jax.tree.map(jnp.copy, params)}, optimizer)
     losses, state = our_losses(make_train_step(module, optimizer), state, batches)
-    np.testing.assert_allclose(losses, torch_losses(copy.deepcopy(theirs), batches, schedule), rtol=1e-4)
+    np.testing.assert_allclose(losses, torch_losses(copy.deepcopy(theirs), batches, schedule, **SETTINGS), rtol=1e-4)
     towers = [tree["model"]["audio_tower"] for tree in (state.trainable["params"], params)]
     np.testing.assert_array_equal(*(tower["embed_positions"]["weight"] for tower in towers))
     assert np.abs(np.subtract(*(tower["conv1"]["weight"] for tower in towers))).max() > 1e-3
@@ -139,7 +118,7 @@ def test_adapters_train_as_in_peft(models, rng: np.random.Generator, tmp_path: P
     state = TrainState.create({"adapter": jax.tree.map(jnp.copy, fresh.adapter())}, optimizer)
     losses, state = our_losses(step, state, batches, {"params": params})
     start = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "start", is_trainable=True)
-    np.testing.assert_allclose(losses, torch_losses(start, batches, schedule), rtol=1e-4)
+    np.testing.assert_allclose(losses, torch_losses(start, batches, schedule, **SETTINGS), rtol=1e-4)
 
     trained = fresh.replace_adapter("default", state.trainable["adapter"])
     trained.save_adapter(tmp_path / "trained")
