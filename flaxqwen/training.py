@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from flaxqwen.lora import LoraConfig, make_variables
-from flaxqwen.models.losses import IGNORE_INDEX, cross_entropy
+from flaxqwen.models.losses import IGNORE_INDEX, chunked_cross_entropy
 from flaxqwen.models.qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, make_visibility, token_slots
 from flaxqwen.models.qwen2_audio import (
     Qwen2AudioEncoderLayer,
@@ -37,7 +37,7 @@ from flaxqwen.models.qwen2_audio import (
 )
 from flaxqwen.ops.linear import Linear
 from flaxqwen.ops.rotary import rotary_embedding
-from flaxqwen.sharding import module_sharding
+from flaxqwen.sharding import constrain, module_sharding
 
 Variables = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -100,7 +100,22 @@ def make_optimizer(
       max_grad_norm: the global norm to which gradients are clipped; None: they are not.
     """
     adamw = optax.adamw(schedule, *betas, eps, weight_decay=weight_decay, mask=_decays)
-    return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
+    return adamw if max_grad_norm is None else optax.chain(_clip_by_global_norm(max_grad_norm), adamw)
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm with one factor for all leaves.
+
+    optax divides each of them, and XLA does not repeat divisions: on a CPU the clipped gradients of a whole model would
+    stand in memory beside the others (2 GB of a 0.5B).
+    """
+
+    def update(gradients: Any, state: optax.OptState, _: Any = None) -> tuple[Any, optax.OptState]:
+        norm = optax.tree.norm(gradients)
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def _decays(trainable: Variables) -> Any:
@@ -127,7 +142,7 @@ def make_train_step(
       module: Qwen2ForCausalLM or Qwen2AudioForConditionalGeneration; its dtype is that of the arithmetic. With layers
         stacked by stack_layers they run in a scan.
       remat: what is kept of each layer: all ("none"), the products with weights ("dots"), or its input ("full").
-      loss_chunk: tokens whose logits are in memory at a time.
+      loss_chunk: tokens whose logits are in memory at a time; at least one of each row.
       assemble: from what is trained and what is frozen to what the module is applied to. Default: assemble_params(...);
         for an adapter, assemble_adapter(...).
 
@@ -247,25 +262,30 @@ def loss_sum(
 
 
 def _head_loss(module: Any, variables: Variables, hidden: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
-    """The summed cross-entropy of hidden [B, T, D] against labels [B, T], `chunk` tokens at a time."""
-    tokens, D = labels.size, hidden.shape[-1]
-    hidden, labels = hidden.reshape(tokens, D), labels.reshape(tokens)
+    """The summed cross-entropy of hidden [B, T, D] against labels [B, T], by chunks as of make_train_step."""
+    path = ("model", "embed_tokens") if _is_tied(module) else ("lm_head",)
 
-    def of_chunk(x: jax.Array, y: jax.Array) -> jax.Array:
-        return cross_entropy(module.apply(variables, x, method=_head), y, num_items=1)
+    def head(weights: Variables, x: jax.Array) -> jax.Array:
+        for name in reversed(path):
+            weights = {kind: {name: part} for kind, part in weights.items()}
+        return module.apply(weights, x, method=_head)
 
-    if tokens <= chunk:  # the last of the forward pass and the first of the backward pass: kept no longer than needed
-        return of_chunk(hidden, labels)
-    of_chunk = jax.checkpoint(of_chunk)  # the backward pass computes the logits of a chunk again
-    missing = -tokens % chunk
-    hidden = jnp.pad(hidden, ((0, missing), (0, 0))).reshape(-1, chunk, D)
-    labels = jnp.pad(labels, (0, missing), constant_values=IGNORE_INDEX).reshape(-1, chunk)
-    return jax.lax.scan(lambda total, part: (total + of_chunk(*part), None), jnp.zeros(()), (hidden, labels))[0]
+    B, T, D = hidden.shape
+    size = max(min(chunk // B, T), 1)
+    hidden = jnp.pad(hidden, ((0, 0), (0, -T % size), (0, 0))).reshape(B, -1, size, D)
+    labels = jnp.pad(labels, ((0, 0), (0, -T % size)), constant_values=IGNORE_INDEX).reshape(B, -1, size)
+    # A part of every row, so that each device of a mesh, which has rows of its own, has a share of each chunk.
+    hidden, labels = jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(labels, 1, 0)
+    hidden = constrain(module_sharding(module), hidden, None, "batch", None, None)
+    return chunked_cross_entropy(head, _part(variables, *path), hidden, labels)
+
+
+def _is_tied(module: Any) -> bool:
+    return isinstance(module, Qwen2ForCausalLM) and module.config.tie_word_embeddings
 
 
 def _head(module: Any, x: jax.Array) -> jax.Array:
-    is_tied = isinstance(module, Qwen2ForCausalLM) and module.config.tie_word_embeddings
-    return module.model.embed_tokens.attend(x) if is_tied else module.lm_head(x)
+    return module.model.embed_tokens.attend(x) if _is_tied(module) else module.lm_head(x)
 
 
 def _decoder(module: Any) -> Any:

@@ -7,7 +7,9 @@ of devices is fixed when jax starts.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +39,8 @@ MESHES = {"8x1": (8, 1, 1), "1x8": (1, 1, 8), "2x4": (2, 1, 4), "4x2": (4, 1, 2)
 EVERYTHING = ("2x4",)
 # Where all parameters are trained: heads are padded and repeated, and weights cut.
 TRAINED = ("2x4",)
+# Tokens of a chunk of their loss.
+CHUNK = 24
 # Where Qwen2-Audio runs: heads are padded, clips and weights are cut.
 HEARING = ("2x4", "fsdp")
 # Whose decoding programs are looked at.
@@ -159,14 +163,22 @@ def trained(folder: Path, name: str, inputs: dict[str, np.ndarray]) -> dict[str,
     params = model.params if mesh is None else model.module.sharding.undo_heads(model.params)
     optimizer = optax.chain(optax.trace(0.9), optax.scale(-0.05))
     state = TrainState.create({"params": params}, optimizer)
-    step = jax.jit(make_train_step(model.module, optimizer))
-    losses, found = [], {}
+    batch = {"input_ids": inputs["ids"], "labels": inputs["ids"]}
+    step = jax.jit(make_train_step(model.module, optimizer, loss_chunk=CHUNK)).lower(state, batch).compile()
+    losses, found = [], {"logits/tokens": tokens_with_logits(step.as_text(), model.config, mesh)}
     for _ in range(4):
-        state, metrics = step(state, {"input_ids": inputs["ids"], "labels": inputs["ids"]})
+        state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
         if len(losses) == 1:
             found |= flattened("gradient", state.opt_state[0].trace["params"])
     return found | flattened("trained", state.trainable["params"]) | {"losses": np.asarray(losses)}
+
+
+def tokens_with_logits(text: str, config: Any, mesh: Any) -> int:
+    """The most tokens whose logits a device has in one array of a compiled program."""
+    own = config.vocab_size // (1 if mesh is None else mesh.shape["tensor"])
+    shapes = [[int(n) for n in shape.split(",")] for shape in re.findall(r"\[(\d+(?:,\d+)+)\]", text)]
+    return max(math.prod(shape) // own for shape in shapes if own in shape and config.hidden_size not in shape)
 
 
 def flattened(kind: str, tree: Any) -> dict[str, Any]:

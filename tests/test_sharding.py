@@ -35,7 +35,19 @@ from flaxqwen.ops.quantized import contract_quantized
 from flaxqwen.quantization import quantize_onto
 from flaxqwen.sharding import Sharding
 from flaxqwen.training import assemble_params
-from tests.mesh_worker import ADAPTED, ADAPTERS, DECODING, EVERYTHING, HEARING, LONG, MESHES, NEW, QUANTIZED, TRAINED
+from tests.mesh_worker import (
+    ADAPTED,
+    ADAPTERS,
+    CHUNK,
+    DECODING,
+    EVERYTHING,
+    HEARING,
+    LONG,
+    MESHES,
+    NEW,
+    QUANTIZED,
+    TRAINED,
+)
 from tests.models.test_qwen2_audio import CLIPS, config_dict, expanded, older_prompt
 from tests.reference import close, padded_mask, random_ids, th, tiny, torch_model
 
@@ -210,6 +222,8 @@ def test_training(worker, mesh):
         assert len(names) == 12 * LAYERS + 3
         for name in names:
             close(worker[name.replace("/one", f"/{mesh}")], worker[name], relative=1e-5)
+    assert worker["logits/tokens/one"] == CHUNK
+    assert worker[f"logits/tokens/{mesh}"] == CHUNK / MESHES[mesh][0], "a chunk has tokens of every device"
 
 
 def test_parameters_with_the_heads_of_a_mesh_are_not_trained():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import jax
@@ -150,15 +152,14 @@ def test_stacked_layers_come_back(tied_model):
 
 
 def test_logits_are_never_whole(tied_model):
-    """No array of the program has tokens x vocabulary elements, forward or backward."""
+    """The largest array of the program with a vocabulary has 32 of 256 tokens, 8 of each row, forward and backward."""
     module, params = tied_model
     batch = {"input_ids": np.zeros((4, 64), np.int32), "labels": np.zeros((4, 64), np.int32)}
     step = jax.value_and_grad(lambda p: loss_sum(module, {"params": p}, batch, chunk=32))
     text = jax.jit(step).lower(params).compile().as_text()
-    assert "f32[32,331]" in text
-    assert "[256,331]" not in text
-    assert "[4,64,331]" not in text
-    assert "[8,32,331]" not in text
+    shapes = [[int(n) for n in shape.split(",")] for shape in re.findall(r"\[(\d+(?:,\d+)+)\]", text)]
+    logits = [math.prod(shape) // 331 for shape in shapes if 331 in shape and module.config.hidden_size not in shape]
+    assert max(logits) == 32
 
 
 def test_accumulation_is_one_large_batch(tied_model, rng: np.random.Generator):

@@ -5,8 +5,13 @@ Axes: B batch, T tokens, V vocabulary (or labels).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
 from jax.typing import ArrayLike
 
 IGNORE_INDEX = -100
@@ -27,6 +32,76 @@ def cross_entropy(
     picked = jnp.take_along_axis(log_probs, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
     total = -jnp.sum(jnp.where(counted, picked, 0.0))
     return total / (jnp.sum(counted) if num_items is None else num_items)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def chunked_cross_entropy(
+    head: Callable[[Any, jax.Array], jax.Array], weights: Any, hidden: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """The summed cross-entropy in nats of a head, in a loop over chunks, whose logits alone are in memory.
+
+    The gradients of a chunk are computed with its loss, so that its logits need not be computed again (Hsu et al. 2024,
+    Liger Kernel; section 3.2). It has no forward-mode derivative.
+
+    Args:
+      head: (weights, [..., D]) -> logits [..., V]; it closes over no array.
+      weights: a pytree. Of leaves that are not trained no gradient is computed.
+      hidden: [chunks, ..., D].
+      labels: [chunks, ...] int; IGNORE_INDEX marks what does not count.
+    """
+
+    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + cross_entropy(head(weights, part[0]), part[1], num_items=1), None
+
+    return jax.lax.scan(add, jnp.zeros(()), (hidden, labels))[0]
+
+
+def _chunked_forward(
+    head: Callable[[Any, jax.Array], jax.Array], weights: Any, hidden: CustomVJPPrimal, labels: CustomVJPPrimal
+) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+    """The loss, and its gradients to weights (None where they are not trained; summed in float32) and to hidden."""
+    leaves, structure = jax.tree.flatten(weights, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+    trained = [leaf.value for leaf in leaves if leaf.perturbed]
+
+    def spread(values: list[jax.Array], rest: Callable[[CustomVJPPrimal], Any]) -> Any:
+        own = iter(values)
+        return jax.tree.unflatten(structure, [next(own) if leaf.perturbed else rest(leaf) for leaf in leaves])
+
+    def logits_of(trained: list[jax.Array], x: jax.Array) -> jax.Array:
+        return head(spread(trained, lambda leaf: leaf.value), x)
+
+    def add(totals: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        logits, pull = jax.vjp(logits_of, trained, part[0])
+        loss, of_logits = _loss_and_gradient(logits, part[1])
+        of_trained, of_hidden = pull(of_logits.astype(logits.dtype))
+        return jax.tree.map(jnp.add, totals, (loss, of_trained)), of_hidden
+
+    zeros = (jnp.zeros(()), [jnp.zeros(leaf.shape, jnp.float32) for leaf in trained])
+    (loss, of_trained), of_hidden = jax.lax.scan(add, zeros, (hidden.value, labels.value))
+    of_trained = [total.astype(leaf.dtype) for total, leaf in zip(of_trained, trained, strict=True)]
+    return loss, (spread(of_trained, lambda _: None), of_hidden)
+
+
+def _loss_and_gradient(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The summed cross-entropy of logits [..., V], and its gradient to them: softmax less one at the label."""
+    logits, counted = logits.astype(jnp.float32), labels != IGNORE_INDEX
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)
+    chosen = jnp.arange(logits.shape[-1]) == labels[..., None]
+    gradient = jnp.where(counted[..., None], jnp.exp(logits - total) - chosen, 0.0)
+    # XLA would compute it within both products that follow, a transposed one among them: 8.4 s on a CPU, and 6.9 apart
+    # (1,024 tokens, 152k x 896).
+    return jnp.sum(jnp.where(counted, (total - picked)[..., 0], 0.0)), jax.lax.optimization_barrier(gradient)
+
+
+def _chunked_backward(
+    _: Callable[[Any, jax.Array], jax.Array], gradients: tuple[Any, jax.Array], scale: jax.Array
+) -> tuple[Any, jax.Array, None]:
+    weights, hidden = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)
+    return weights, hidden, None
+
+
+chunked_cross_entropy.defvjp(_chunked_forward, _chunked_backward, symbolic_zeros=True)
 
 
 def causal_lm_loss(

@@ -19,6 +19,9 @@ from tests.reference import close, padded_mask, random_ids, tiny
 B, T, S, K, H = 2, 128, 384, 2, 16
 SPLASH = Attention(prefill="splash", interpret=True)
 
+# Two float32 forms of one sum, of which each may be 1e-6 from the exact one.
+TWO_FORMS = 3e-6
+
 
 def heads_of(rng, groups, tokens=T, slots=S, dtype=jnp.float32):
     """query [B, T, N, H], key and value [B, K, S, H]."""
@@ -45,7 +48,7 @@ def test_splash(rng, start, window, groups):
     """Wherever the prompt goes on in the cache: one program for all of it."""
     heads, visibility = heads_of(rng, groups), Visibility(slots_from(STARTS[start]))
     got = kernels.splash(*heads, visibility, WINDOWS[window], interpret=True)
-    close(got, attend_in_blocks(*heads, visibility, WINDOWS[window]), relative=1e-6)
+    close(got, attend_in_blocks(*heads, visibility, WINDOWS[window]), relative=TWO_FORMS)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -56,7 +59,7 @@ def test_splash_with_padding(rng, window):
     heads = heads_of(rng, 2)
     got = kernels.splash(*heads, visibility, WINDOWS[window], interpret=True)
     real = np.arange(start, start + T)[None] >= np.asarray(padded)[:, None]
-    close(got, attend_in_blocks(*heads, visibility, WINDOWS[window]), relative=1e-6, where=real)
+    close(got, attend_in_blocks(*heads, visibility, WINDOWS[window]), relative=TWO_FORMS, where=real)
     assert np.isfinite(np.asarray(got)).all()
 
 
@@ -66,7 +69,7 @@ def test_splash_with_segments(rng):
     visibility = Visibility(slots_from(0), None, segments, segments)
     heads = heads_of(rng, 2, slots=T)
     got = kernels.splash(*heads, visibility, None, interpret=True)
-    close(got, attend_in_blocks(*heads, visibility), relative=1e-6)
+    close(got, attend_in_blocks(*heads, visibility), relative=TWO_FORMS)
 
 
 def test_splash_sums_in_float32(rng):
@@ -91,7 +94,7 @@ def test_dot_product(rng, start, slots, padded, window):
     heads = heads_of(rng, 4, slots=slots)
     got = kernels.dot_product(*heads, visibility, WINDOWS[window], interpret=False, implementation="xla")
     real = np.arange(start, start + T)[None] >= np.asarray(padded or [0, 0])[:, None]
-    close(got, attend_in_blocks(*heads, visibility, WINDOWS[window]), relative=1e-6, where=real)
+    close(got, attend_in_blocks(*heads, visibility, WINDOWS[window]), relative=TWO_FORMS, where=real)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
