@@ -7,9 +7,9 @@ torch's by autocast. PyTorch runs Transformers' model with sdpa and its fused Ad
 its own, whose first step, which compiles, does not count; peaks are of the process's resident memory. The last line is
 JSON. 0.5b needs 14 GB.
 
-XLA allocates a step's temporaries anew each time, and the kernel clears them page by page: a quarter of the time where
-pages are of 4 kB (a virtual machine). GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment, which both sides
-inherit, asks for large ones.
+XLA allocates a step's temporaries anew each time, and the kernel clears them page by page: an eighth to a quarter of
+the time where pages are of 4 kB (a virtual machine). GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment, which
+both sides inherit, asks for large ones.
 """
 
 from __future__ import annotations

@@ -100,22 +100,7 @@ def make_optimizer(
       max_grad_norm: the global norm to which gradients are clipped; None: they are not.
     """
     adamw = optax.adamw(schedule, *betas, eps, weight_decay=weight_decay, mask=_decays)
-    return adamw if max_grad_norm is None else optax.chain(_clip_by_global_norm(max_grad_norm), adamw)
-
-
-def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm with one factor for all leaves.
-
-    optax divides each of them, and XLA does not repeat divisions: on a CPU the clipped gradients of a whole model would
-    stand in memory beside the others (2 GB of a 0.5B).
-    """
-
-    def update(gradients: Any, state: optax.OptState, _: Any = None) -> tuple[Any, optax.OptState]:
-        norm = optax.tree.norm(gradients)
-        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
-        return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
 
 
 def _decays(trainable: Variables) -> Any:

@@ -40,8 +40,8 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """The summed cross-entropy in nats of a head, in a loop over chunks, whose logits alone are in memory.
 
-    The gradients of a chunk are computed with its loss, so that its logits need not be computed again (Hsu et al. 2024,
-    Liger Kernel; section 3.2). It has no forward-mode derivative.
+    The gradients of a chunk are computed with its loss, so that its logits need not be computed again (as in Liger
+    Kernel, Hsu et al. 2024). It has no forward-mode derivative.
 
     Args:
       head: (weights, [..., D]) -> logits [..., V]; it closes over no array.

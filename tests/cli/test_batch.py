@@ -110,7 +110,7 @@ def test_sampling_is_asked_for_by_its_options():
 def job(random_model: Path) -> Job:
     tokenizer = load_tokenizer(random_model)
     return Job(
-        model=AutoModelForCausalLM.from_pretrained(random_model),  # type: ignore[arg-type]
+        model=AutoModelForCausalLM.from_pretrained(random_model),
         tokenizer=tokenizer,
         encode=lambda line: tokenizer(line.prompt)["input_ids"],
         decode=decoder(tokenizer),
@@ -125,7 +125,7 @@ def test_stop_strings_and_grammars_by_line(job: Job, tmp_path: Path):
     pytest.importorskip("outlines_core", reason="regex and json_schema need it: pip install flaxqwen[grammar]")
     wanted = [{"regex": "[0-9]{3}"}, {"regex": "Yes|No"}, {"json_schema": {"enum": ["a", "bc"]}}]
     lines = [{"prompt": f"{i}", "options": options} for i, options in enumerate(wanted)]
-    free = job.model.generate([encode_one(job, "x")], max_new_tokens=NEW, do_sample=False)[0, 1:]  # type: ignore[attr-defined]
+    free = job.model.generate([encode_one(job, "x")], max_new_tokens=NEW, do_sample=False)[0, 1:]
     stop = job.tokenizer.decode(free[2:4], skip_special_tokens=True)
     lines.append({"prompt": "x", "options": {"stop_strings": [stop]}})
     target = tmp_path / "out.jsonl"
@@ -133,7 +133,7 @@ def test_stop_strings_and_grammars_by_line(job: Job, tmp_path: Path):
     records = read(target)
     for i, (options, record) in enumerate(zip(wanted, records, strict=False)):
         settings = options | {"max_new_tokens": NEW, "do_sample": False, "tokenizer": job.tokenizer}
-        expected = job.model.generate([encode_one(job, f"{i}")], **settings)[0, 1:]  # type: ignore[attr-defined]
+        expected = job.model.generate([encode_one(job, f"{i}")], **settings)[0, 1:]
         assert record["new_tokens"] == expected.tolist()
         assert record["finish_reason"] == "eos"
     if "\ufffd" not in stop:

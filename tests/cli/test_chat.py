@@ -39,7 +39,7 @@ def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(int(prompt.last) + 1)
         return prefill(module, params, prompt, *args, **options)
 
-    count.trace = prefill.trace  # type: ignore[attr-defined]  # generate() asks it for the shapes of the results
+    count.trace = prefill.trace  # generate() asks it for the shapes of the results
     monkeypatch.setattr(loop, "prefill", count)
     return counts
 

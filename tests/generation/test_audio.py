@@ -12,7 +12,7 @@ from flaxqwen import AutoModelForCausalLM, GenerationConfig, Model, Qwen2Config
 from flaxqwen.generation import audio
 from flaxqwen.models.audio_inputs import tokens_of
 from tests.generation.test_beam import smallest_gap
-from tests.models.test_qwen2_audio import AUDIO, CLIPS, expanded, models, older_prompt  # noqa: F401
+from tests.models.test_qwen2_audio import AUDIO, CLIPS, expanded, models, older_prompt  # noqa: F401  # models: a fixture
 from tests.reference import counted_compilations, random_ids, th, tiny, torch
 
 # No end of sequence, and no audio token of the model's own, which would have to be heard in the next turn.
@@ -23,7 +23,7 @@ WIDTH = 100  # three clips of 30 tokens and the text
 
 
 @pytest.fixture(scope="module")
-def model(models) -> Model:  # noqa: F811
+def model(models) -> Model:  # noqa: F811  # pytest hands it in by its name
     _, module, params = models
     return Model(module, params, module.config, GenerationConfig())
 
@@ -44,7 +44,7 @@ def newer_prompt(older: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return newer
 
 
-def theirs_of(models: Any, inputs: dict[str, np.ndarray], **options: Any) -> np.ndarray:  # noqa: F811
+def theirs_of(models: Any, inputs: dict[str, np.ndarray], **options: Any) -> np.ndarray:  # noqa: F811  # pytest hands it in by its name
     with torch.no_grad():
         tokens = models[0].generate(**{name: th(value) for name, value in inputs.items()}, **options)
     return tokens.numpy()
@@ -64,7 +64,7 @@ def encoded(monkeypatch) -> list[int]:
     return counts
 
 
-def test_greedy_tokens(models, model, prompts, rng, encoded):  # noqa: F811
+def test_greedy_tokens(models, model, prompts, rng, encoded):  # noqa: F811  # pytest hands it in by its name
     """64 of each row, as theirs, from older and newer prompts; other clips and lengths compile nothing."""
     older, newer = prompts
     wanted = theirs_of(models, newer, **LONG)
@@ -112,7 +112,7 @@ def test_custom_generate(model, prompts, encoded):
     assert not encoded
 
 
-def heard_by_theirs(models: Any, inputs: dict[str, np.ndarray]) -> Any:  # noqa: F811
+def heard_by_theirs(models: Any, inputs: dict[str, np.ndarray]) -> Any:  # noqa: F811  # pytest hands it in by its name
     """The prompts as embeddings [B, T, D], by Transformers' modules."""
     captured = []
     hook = models[0].model.language_model.register_forward_pre_hook(
@@ -124,7 +124,7 @@ def heard_by_theirs(models: Any, inputs: dict[str, np.ndarray]) -> Any:  # noqa:
     return captured[0]
 
 
-def test_beams(models, model, rng, encoded):  # noqa: F811
+def test_beams(models, model, rng, encoded):  # noqa: F811  # pytest hands it in by its name
     """Theirs are of the merged embeddings: given features, Transformers repeats each clip in place of each row's clips,
     so that beams of rows with several clips hear the wrong ones."""
     options = SHORT | {"num_beams": 3, "num_return_sequences": 2}
@@ -171,7 +171,7 @@ def test_drafts(model, prompts):
         np.testing.assert_array_equal(model.generate(**newer, **SHORT, **drafting), wanted)
 
 
-def test_guidance_and_penalties(models, model, prompts, rng):  # noqa: F811
+def test_guidance_and_penalties(models, model, prompts, rng):  # noqa: F811  # pytest hands it in by its name
     _, newer = prompts
     options = SHORT | {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
     np.testing.assert_array_equal(model.generate(**newer, **options), theirs_of(models, newer, **options))
@@ -181,7 +181,7 @@ def test_guidance_and_penalties(models, model, prompts, rng):  # noqa: F811
     np.testing.assert_array_equal(found, wanted)
 
 
-def test_turns(models, model, prompts, rng, encoded):  # noqa: F811
+def test_turns(models, model, prompts, rng, encoded):  # noqa: F811  # pytest hands it in by its name
     """A second turn with a clip more runs the encoder over that one; a third without any needs no encoder at all."""
     _, newer = prompts
     options = SHORT | {"return_dict_in_generate": True}
