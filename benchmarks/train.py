@@ -7,15 +7,15 @@ torch's by autocast. PyTorch runs Transformers' model with sdpa and its fused Ad
 its own, whose first step, which compiles, does not count; peaks are of the process's resident memory. The last line is
 JSON. 0.5b needs 14 GB.
 
-XLA allocates a step's temporaries anew each time, and the kernel clears them page by page: an eighth to a quarter of
-the time where pages are of 4 kB (a virtual machine). GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment, which
-both sides inherit, asks for large ones.
+Ours keeps the memory that it frees, as `flaxqwen train` does (flaxqwen/allocator.py; --plain: it does not). Both sides
+inherit GLIBC_TUNABLES=glibc.malloc.hugetlb=1 from the environment, which asks the kernel for large pages.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -26,22 +26,29 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from flaxqwen.allocator import keep_freed_memory
 
-from benchmarks.geometries import config
-from flaxqwen import AutoModelForCausalLM
-from flaxqwen.training import TrainState, make_optimizer, make_train_step
+# numpy, jax and torch are imported by the functions: the allocator is to be set before.
 
 
-def draw(arguments: argparse.Namespace, vocab_size: int) -> np.ndarray:
+def draw(arguments: argparse.Namespace, vocab_size: int) -> Any:
     """Token ids [rows, tokens]."""
+    import numpy as np
+
     return np.random.default_rng(0).integers(0, vocab_size, (arguments.rows, arguments.tokens))
 
 
 def flaxqwen_steps(arguments: argparse.Namespace) -> Callable[[], Any]:
     """A function that takes a step and waits for it."""
+    if not arguments.plain:
+        keep_freed_memory()
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.geometries import config
+    from flaxqwen import AutoModelForCausalLM
+    from flaxqwen.training import TrainState, make_optimizer, make_train_step
+
     settings = config(arguments.model)
     model = AutoModelForCausalLM.from_config(settings, dtype="float32", seed=0)
     ids = jnp.asarray(draw(arguments, settings.vocab_size), jnp.int32)
@@ -61,6 +68,8 @@ def transformers_steps(arguments: argparse.Namespace) -> Callable[[], Any]:
     """The same of Transformers' model."""
     import torch
     import transformers
+
+    from benchmarks.geometries import config
 
     settings = config(arguments.model)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings.to_dict())).train()
@@ -87,7 +96,7 @@ def turn(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
         start = time.perf_counter()
         losses.append(take())
         seconds.append(time.perf_counter() - start)
-    assert np.isfinite(losses).all()
+    assert all(map(math.isfinite, losses))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"first_seconds": seconds[0], "seconds": seconds[1:], "peak_bytes": peak}
 
@@ -101,6 +110,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", default=3, type=int, help="of a turn, that count")
     parser.add_argument("--turns", default=2, type=int)
+    parser.add_argument("--plain", action="store_true", help="ours gives freed memory back, as malloc does by default")
     arguments = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {"flaxqwen": [], "transformers": []}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,11 @@ import numpy as np
 from flaxqwen.models.losses import IGNORE_INDEX
 
 Example = tuple[list[int], list[int]]  # token ids, and labels: the same, or IGNORE_INDEX where there is no loss
+# A text, and the parts of it that are learned, by their characters; None: all, and the end of text after it.
+LearnedText = tuple[str, list[tuple[int, int]] | None]
+
+# A fast tokenizer takes many texts by threads of its own; one at a time, the call costs more than the text.
+TOKENIZED_AT_ONCE = 1000
 
 
 def read_examples(lines: Iterable[str], tokenizer: Any) -> Iterator[Example]:
@@ -22,26 +28,27 @@ def read_examples(lines: Iterable[str], tokenizer: Any) -> Iterator[Example]:
     Raises:
       ValueError: a line that is neither, by its number.
     """
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield to_example(json.loads(line), tokenizer)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number}: {error}") from None
+    numbered = (pair for pair in enumerate(lines, start=1) if pair[1].strip())
+    while batch := list(islice(numbered, TOKENIZED_AT_ONCE)):
+        texts = []
+        for number, line in batch:
+            try:
+                texts.append(_to_text(json.loads(line), tokenizer))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"line {number}: {error}") from None
+        yield from _to_examples(texts, tokenizer)
 
 
-def to_example(record: Any, tokenizer: Any) -> Example:
-    """One record's token ids and labels; ValueError for what is no record."""
+def _to_text(record: Any, tokenizer: Any) -> LearnedText:
+    """One record as text; ValueError for what is no record."""
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return _chat_example(record["messages"], tokenizer)
+        return _chat_text(record["messages"], tokenizer)
     if isinstance(record, dict) and isinstance(record.get("text"), str):
-        ids = [*tokenizer(record["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        return ids, ids
+        return record["text"], None
     raise ValueError('expected {"messages": [...]} or {"text": "..."}')
 
 
-def _chat_example(messages: list[dict[str, str]], tokenizer: Any) -> Example:
+def _chat_text(messages: list[dict[str, str]], tokenizer: Any) -> LearnedText:
     """A conversation: what the template puts between the prompt of each answer and the answer's end is learned."""
     for message in messages:
         if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
@@ -54,13 +61,22 @@ def _chat_example(messages: list[dict[str, str]], tokenizer: Any) -> Example:
     spans = []
     for i in answers:
         start = len(render(messages[:i], tokenize=False, add_generation_prompt=True))
+        until = text if i + 1 == len(messages) else render(messages[: i + 1], tokenize=False)
         # What follows the end-of-turn token, a newline in ChatML, is never generated.
-        stop = len(render(messages[: i + 1], tokenize=False).rstrip())
-        spans.append((start, stop))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    learned = [any(start <= first and last <= stop for start, stop in spans) for first, last in offsets]
-    return ids, [token if yes else IGNORE_INDEX for token, yes in zip(ids, learned, strict=True)]
+        spans.append((start, len(until.rstrip())))
+    return text, spans
+
+
+def _to_examples(texts: list[LearnedText], tokenizer: Any) -> Iterator[Example]:
+    """Tokens and labels of each text."""
+    encoded = tokenizer([text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True)
+    for (_, spans), ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if spans is None:
+            whole = [*ids, tokenizer.eos_token_id]
+            yield whole, whole
+            continue
+        learned = (any(start <= first and last <= stop for start, stop in spans) for first, last in offsets)
+        yield ids, [token if yes else IGNORE_INDEX for token, yes in zip(ids, learned, strict=True)]
 
 
 def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:

@@ -104,7 +104,7 @@ FLOORS = (
     ("convert.*", "hub", "config", "config_values", "rope_config", "distributed"),
     ("cache", "ops.*", "layout", "sharding"),
     ("models.*", "audio"),
-    ("generation.*", "lora.*", "training", "dataset", "native"),
+    ("generation.*", "lora.*", "training", "dataset", "native", "allocator"),
     ("adapters", "model", "auto", "loading", "aot", "aot_training", "quantization"),
     ("trainer", "batch", "parity", "parity_*", "cli", "cli.*", "demo.*"),
 )

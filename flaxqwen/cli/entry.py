@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import typer
 
+from flaxqwen.allocator import keep_freed_memory
 from flaxqwen.cli.app import app
 
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit codes; the latter two as a shell reports the signals
@@ -27,6 +28,8 @@ def main(args: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are about models in PyTorch
     if args is None:
         keep_compiled_programs()
+        if sys.argv[1:2] == ["train"]:  # one program, over and over
+            keep_freed_memory()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -22,8 +22,8 @@ def cpu_flags() -> str:
         return ""
 
 
-# Units for tiles of bfloat16 and int8.
-HAS_AMX = "amx_tile" in cpu_flags().split()
+# Units for tiles of bfloat16 and int8; and vectors of 16 float32.
+HAS_AMX, HAS_AVX512 = (flag in cpu_flags().split() for flag in ("amx_tile", "avx512f"))
 
 
 def rows_of(x: jax.Array) -> int:

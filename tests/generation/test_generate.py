@@ -210,7 +210,7 @@ def test_values_never_compile_again(rng, tiny_models):
     base |= {"max_new_tokens": 10, "repetition_penalty": 1.2}
     mine.generate(ids, **base)
     changes = [
-        {"temperature": 1.3}, {"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 50}, {"seed": 9}, {"pad_token_id": 8},
+        {"temperature": 1.3}, {"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 50}, {"seed": 9}, {"pad_token_id": 0},
         {"eos_token_id": [7, 9]}, {"eos_token_id": None}, {"max_new_tokens": 37}, {"max_new_tokens": 1},
         {"repetition_penalty": 1.7},
     ]  # fmt: skip

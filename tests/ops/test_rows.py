@@ -9,17 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxqwen.ops import linear
 from flaxqwen.ops.attention import attend_to_all
 from flaxqwen.ops.linear import block_of_rows, contract_by_rows
 from tests.reference import close, torch
 
 
+@pytest.fixture
+def without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU whose products run in blocks."""
+    monkeypatch.setattr(linear, "HAS_AVX512", False)
+    monkeypatch.setattr(linear, "MOST_ROWS", 250)
+
+
+@pytest.mark.usefixtures("without_avx512")
 def test_blocks_are_equal():
     """Of every length that generate() gives the encoder, and of odd ones, which are not cut."""
     assert [block_of_rows(count) for count in (1500, 1250, 1000, 750, 500, 250)] == [250, 250, 250, 250, 250, 125]
     assert [block_of_rows(count) for count in (60, 249, 257, 2 * 257, 1499)] == [None] * 5
 
 
+@pytest.mark.usefixtures("without_avx512")
 @pytest.mark.parametrize("shape", [(1, 500), (2, 375), (7, 3)])
 def test_products_and_derivatives(rng: np.random.Generator, shape: tuple[int, ...]):
     """Both derivatives, each alone, and forward mode, against numpy's in float64."""
@@ -41,7 +51,8 @@ def test_products_and_derivatives(rng: np.random.Generator, shape: tuple[int, ..
     close(tangent, 3 * wanted, 1e-6)
 
 
-def test_a_cpu_takes_blocks(rng: np.random.Generator):
+@pytest.mark.usefixtures("without_avx512")
+def test_a_cpu_takes_blocks():
     """The compiled product is of 250 rows, in a loop."""
     x, weight = jnp.ones((1, 1500, 64)), jnp.ones((96, 64))
     text = jax.jit(contract_by_rows).lower(x, weight).compile().as_text()
