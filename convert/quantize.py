@@ -99,7 +99,8 @@ def quantize_rows(rows: Any, scheme: Scheme, xp: Any = np, largest: Any = None) 
     grouped = rows.reshape(n, groups, -1)
     scale = xp.abs(grouped).max(axis=-1) / (np.float32(LARGEST[scheme]) if largest is None else largest)
     scale = xp.where(scale == 0, np.float32(1), scale)
-    values = xp.rint(grouped / scale[..., None]).reshape(n, width).astype(np.int8)
+    # Not divided by it: XLA would multiply by the reciprocal all the same, and one of 800,000 integers would differ.
+    values = xp.rint(grouped * (np.float32(1) / scale)[..., None]).reshape(n, width).astype(np.int8)
     if scheme == "int4":
         nibbles = (values + 8).astype(np.uint8)
         pairs = nibbles.reshape(n, width // 2, 2)

@@ -19,6 +19,7 @@ from flaxqwen.convert import CheckpointError, convert, open_checkpoint, to_path
 from flaxqwen.convert.load import read_array
 from flaxqwen.convert.quantize import dequantized, quantize_rows, quantized
 from flaxqwen.ops import quantized as ops
+from flaxqwen.quantization import quantize_weight
 from tests.reference import close, random_ids, th, tiny, torch, torch_model
 
 SCHEMES = ("int8", "int4")
@@ -69,6 +70,17 @@ def test_no_weight_is_off_by_more_than_half_a_scale(rng: np.random.Generator, sc
     assert (np.abs(got - weight) <= bound * (1 + 1e-5)).all()
     # A weight half-way between two integers may go to either: the scale is float32, the oracle's float64.
     assert (np.abs(got - want) <= 1e-6 * np.abs(weight).max()).mean() > 0.995
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_device_rounds_as_the_converter(rng: np.random.Generator, scheme: str):
+    """Bit for bit, of weights that lie half-way between two integers, or next to it."""
+    largest, steps = {"int8": 127, "int4": 7}[scheme], rng.uniform(0.01, 0.02, (64, 1))
+    weight = (rng.integers(-largest, largest, (64, 1024)) + 0.5) * steps
+    weight[:, ::64] = largest * steps  # the largest of each row, or group
+    weight = np.nextafter(weight.astype(np.float32), rng.choice(np.float32([-9, 9]), weight.shape))
+    for ours, theirs in zip(quantize_weight(jnp.asarray(weight), scheme), quantize_rows(weight, scheme), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
