@@ -7,7 +7,7 @@ torch's by autocast. PyTorch runs Transformers' model with sdpa and its fused Ad
 its own, whose first step, which compiles, does not count; peaks are of the process's resident memory. The last line is
 JSON. 0.5b needs 14 GB.
 
-Ours keeps the memory that it frees, as `flaxqwen train` does (flaxqwen/allocator.py; --plain: it does not). Both sides
+Ours keeps the memory that it frees, as `flaxqwen train` does (flaxqwen/allocator.py). Both sides
 inherit GLIBC_TUNABLES=glibc.malloc.hugetlb=1 from the environment, which asks the kernel for large pages.
 """
 
@@ -40,8 +40,7 @@ def draw(arguments: argparse.Namespace, vocab_size: int) -> Any:
 
 def flaxqwen_steps(arguments: argparse.Namespace) -> Callable[[], Any]:
     """A function that takes a step and waits for it."""
-    if not arguments.plain:
-        keep_freed_memory()
+    keep_freed_memory()
     import jax
     import jax.numpy as jnp
 
@@ -110,7 +109,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", default=3, type=int, help="of a turn, that count")
     parser.add_argument("--turns", default=2, type=int)
-    parser.add_argument("--plain", action="store_true", help="ours gives freed memory back, as malloc does by default")
     arguments = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {"flaxqwen": [], "transformers": []}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -89,17 +89,17 @@ def quantized_shapes(shapes: Mapping[Path, tuple[int, ...]], scheme: Scheme) -> 
     return found
 
 
-def quantize_rows(rows: Any, scheme: Scheme, xp: Any = np, largest: Any = None) -> tuple[Any, Any]:
+def quantize_rows(rows: Any, scheme: Scheme, xp: Any = np) -> tuple[Any, Any]:
     """Rows [n, in] of a weight, float32 -> (integers as they are stored, scales [n, groups] float32).
 
-    xp: numpy or jax.numpy, of which the rows are. largest: LARGEST[scheme], the default.
+    xp: numpy or jax.numpy, of which the rows are; both give the same bits. Hence reciprocals, and no division by them:
+    XLA would multiply by the reciprocal all the same, and one of 800,000 integers would differ.
     """
     n, width = rows.shape
     groups = group_count(width) if scheme == "int4" else 1
     grouped = rows.reshape(n, groups, -1)
-    scale = xp.abs(grouped).max(axis=-1) / (np.float32(LARGEST[scheme]) if largest is None else largest)
+    scale = xp.abs(grouped).max(axis=-1) * np.float32(1 / LARGEST[scheme])
     scale = xp.where(scale == 0, np.float32(1), scale)
-    # Not divided by it: XLA would multiply by the reciprocal all the same, and one of 800,000 integers would differ.
     values = xp.rint(grouped * (np.float32(1) / scale)[..., None]).reshape(n, width).astype(np.int8)
     if scheme == "int4":
         nibbles = (values + 8).astype(np.uint8)

@@ -50,7 +50,7 @@ the deep and the long evenings leave the rocks wet. A patient visitor can count"
         middle = (low + high) // 2
         if values[middle] < target:
 """,
-    "黄河发源于青藏高原，向东流经九个省区，最后注入渤海。古时候，沿岸的人们修筑堤坝",  # noqa: RUF001
+    "黄河发源于青藏高原，向东流经九个省区，最后注入渤海。古时候，沿岸的人们修筑堤坝",  # noqa: RUF001  # its own commas
     "3.14159265358979, 2.71828182845904; 17 * 23 = 391, 1024 / 16 = 64, 2026-01-31 =",
 )
 RANDOM_LENGTHS = (5, 19, 40, 64)  # of the prompts without a tokenizer

@@ -14,11 +14,9 @@ import jax.numpy as jnp
 from flaxqwen.config import PretrainedConfig, Qwen2Config
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.quantize import (
-    LARGEST,
     SCALE,
     Scheme,
     check_scheme,
-    group_count,
     quantize_rows,
     scheme_for,
     scheme_of,
@@ -78,7 +76,4 @@ def quantize_onto(sharding: Sharding, path: ParamPath, weight: jax.Array, scheme
 @partial(jax.jit, static_argnames="scheme")
 def quantize_weight(weight: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array]:
     """A weight [out, in] as convert.quantize.quantize_rows, on its devices; on a CPU bit for bit."""
-    # Behind the barrier a division stays one: XLA multiplies by the reciprocal of one number, which is rounded.
-    shape = (weight.shape[0], group_count(weight.shape[1]) if scheme == "int4" else 1)
-    largest = jax.lax.optimization_barrier(jnp.full(shape, LARGEST[scheme], jnp.float32))
-    return quantize_rows(weight.astype(jnp.float32), scheme, jnp, largest)
+    return quantize_rows(weight.astype(jnp.float32), scheme, jnp)

@@ -23,7 +23,7 @@ def cpu_flags() -> str:
 
 
 # Units for tiles of bfloat16 and int8; and vectors of 16 float32.
-HAS_AMX, HAS_AVX512 = (flag in cpu_flags().split() for flag in ("amx_tile", "avx512f"))
+HAS_AMX, HAS_AVX512 = map(cpu_flags().split().__contains__, ("amx_tile", "avx512f"))
 
 
 def rows_of(x: jax.Array) -> int:
