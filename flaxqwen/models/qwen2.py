@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxqwen.cache import KVCache, LayerCache
 from flaxqwen.config import Qwen2Config
+from flaxqwen.models.layers import layer_runner
 from flaxqwen.models.losses import causal_lm_loss
 from flaxqwen.models.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from flaxqwen.ops.activations import ACTIVATION
@@ -88,7 +89,7 @@ class Qwen2Attention(nn.Module):
     ) -> tuple[jax.Array, LayerCache, jax.Array | None]:
         """x [B, T, D], rope (cos, sin) each [B, T, H] -> ([B, T, D], this layer's cache with T more, weights or None).
 
-        Without a cache the new keys and values are the whole of it.
+        `cache` has this layer alone. Without one the new keys and values are the whole of it.
         """
         B, T, _ = x.shape
         query = rotate(self._heads(self.q_proj(x), "heads"), *rope)
@@ -97,7 +98,7 @@ class Qwen2Attention(nn.Module):
         if cache is None:
             filled = readable = LayerCache(key, value)
         else:
-            own = cache.layers[self.layer_index]
+            (own,) = cache.layers
             filled = own.append(key, value, cache.length, self.sharding is not None, cuts_slots(self.sharding, own))
             filled = settle(self.sharding, filled)
             readable = jax.tree.map(lambda a: a[:, :, : cache.readable], filled)
@@ -257,9 +258,11 @@ class Qwen2Model(nn.Module):
         rope = rotary_embedding(config, position_ids, x.dtype)
 
         hidden_states, attentions, filled = [], [], []
-        for layer in self.layers:
+        run = layer_runner(self, x, deterministic, static=(4, 5), changes=self._first_of_kind)
+        for i, layer in enumerate(self.layers):
             hidden_states.append(x)
-            x, layer_cache, weights = layer(x, rope, visibility, cache, output_attentions, deterministic)
+            own = None if cache is None else cache.replace(layers=(cache.layers[i],))
+            x, layer_cache, weights = run(layer, x, rope, visibility, own, output_attentions, deterministic)
             filled.append(layer_cache)
             if weights is not None:
                 attentions.append(weights)
@@ -278,6 +281,11 @@ class Qwen2Model(nn.Module):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    def _first_of_kind(self, layer: Qwen2DecoderLayer) -> dict[str, int]:
+        """The index of the first layer with the attention of this one, which is all that an index decides."""
+        kinds = self.config.layer_types
+        return {"layer_index": kinds.index(kinds[layer.layer_index])}
 
     def embed(self, input_ids: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
         """[B, T, D] in the compute dtype, from whichever of the two is given."""

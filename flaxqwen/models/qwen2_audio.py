@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from flaxqwen.cache import KVCache
 from flaxqwen.config import Qwen2AudioConfig, Qwen2AudioEncoderConfig
+from flaxqwen.models.layers import layer_runner
 from flaxqwen.models.losses import IGNORE_INDEX, causal_lm_loss
 from flaxqwen.models.outputs import (
     BaseModelOutput,
@@ -185,10 +186,11 @@ class Qwen2AudioEncoder(nn.Module):
             raise ValueError(f"encoder_layerdrop is {config.encoder_layerdrop}; training supports 0 alone")
         x = self.dropout(self.embed(input_features, positions), deterministic=deterministic)
         visibility = all_to_all(attention_mask, x.shape)
+        run = layer_runner(self, x, deterministic, static=(2, 3))
         given, attentions = [], []
         for layer in self.layers:
             given.append(x)
-            x, weights = layer(x, visibility, output_attentions, deterministic)
+            x, weights = run(layer, x, visibility, output_attentions, deterministic)
             if weights is not None:
                 attentions.append(weights)
         last = self.pool(x)

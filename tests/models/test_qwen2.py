@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flaxqwen.cache import init_cache
-from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
-from tests.reference import close, padded_mask, pair, random_ids, th, torch
+from flaxqwen.config import Qwen2Config
+from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2MLP, Qwen2Model
+from tests.reference import close, padded_mask, pair, random_ids, th, tiny, torch
 
 ROPE_LENGTH = 48
 ROPES = {
@@ -283,6 +285,26 @@ def test_base_model_and_outputs(rng):
     assert len(as_tuple) == 1
     with pytest.raises(KeyError, match="hidden_states"):
         got["hidden_states"]
+
+
+def test_layers_of_a_kind_are_traced_once(rng):
+    """In a program; eagerly each one runs, to the same logits."""
+    kinds = ["full_attention", "sliding_attention"] * 3
+    sliding = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+    config = Qwen2Config.from_dict(tiny(num_hidden_layers=6, layer_types=kinds, **sliding))
+    module, ids, ran = Qwen2ForCausalLM(config), random_ids(rng, (2, 9)), []
+    variables = module.init(jax.random.key(int(rng.integers(1000))), ids)
+
+    def note(method, arguments, keywords, context):
+        if isinstance(context.module, Qwen2MLP) and context.method_name == "__call__":
+            ran.append(context.module)
+        return method(*arguments, **keywords)
+
+    with nn.intercept_methods(note):
+        logits = jax.jit(lambda variables: module.apply(variables, ids).logits)(variables)
+        assert len(ran) == 2
+        close(logits, module.apply(variables, ids).logits, 1e-6)
+        assert len(ran) == 2 + 6
 
 
 def test_attention_dropout_only_when_training(rng):
