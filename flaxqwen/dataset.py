@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -75,8 +77,12 @@ def _to_examples(texts: list[LearnedText], tokenizer: Any) -> Iterator[Example]:
             whole = [*ids, tokenizer.eos_token_id]
             yield whole, whole
             continue
-        learned = (any(start <= first and last <= stop for start, stop in spans) for first, last in offsets)
-        yield ids, [token if yes else IGNORE_INDEX for token, yes in zip(ids, learned, strict=True)]
+        labels = [IGNORE_INDEX] * len(ids)
+        for start, stop in spans:  # the tokens that lie in it whole
+            first = bisect_left(offsets, start, key=itemgetter(0))
+            last = bisect_right(offsets, stop, key=itemgetter(1))
+            labels[first:last] = ids[first:last]
+        yield ids, labels
 
 
 def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
