@@ -32,7 +32,6 @@ from flaxqwen.model import Model
 from flaxqwen.models.losses import IGNORE_INDEX
 from flaxqwen.sharding import module_sharding
 from flaxqwen.training import (
-    Optim,
     Remat,
     TrainState,
     Variables,
@@ -56,7 +55,7 @@ class TrainingOptions:
     epochs: how often each row is seen, where steps is None.
     batch_size: rows of a micro-batch, of all devices together; accumulate: micro-batches of a step.
     learning_rate: the highest; warmup_steps from 0 to it, then a cosine to final_learning_rate.
-    optim, weight_decay, beta1, beta2, eps, max_grad_norm: see make_optimizer; Muon has no beta2 or eps of its own.
+    weight_decay, beta1, beta2, eps, max_grad_norm: see make_optimizer.
     lora: an adapter of this config is trained, in place of all parameters.
     dtype: of the arithmetic; what is trained is kept in float32.
     remat: see make_train_step.
@@ -71,7 +70,6 @@ class TrainingOptions:
     learning_rate: float = 1e-5
     final_learning_rate: float = 0.0
     warmup_steps: int = 0
-    optim: Optim = "adamw"
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -125,7 +123,6 @@ def train(
         eps=options.eps,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        optim=options.optim,
     )
     batches = Batches(rows, options.batch_size, options.accumulate, options.seed)
     parts = _whole(model) if options.lora is None else _adapter(model, options.lora, options.seed)
@@ -204,12 +201,8 @@ def _first_state(parts: _Parts, optimizer: optax.GradientTransformation) -> Trai
     state = TrainState.create(jax.tree.map(jnp.copy, parts.trainable), optimizer)
     if (sharding := module_sharding(parts.model.module)) is None:
         return state
-    devices = set(sharding.mesh.devices.flat)
-
-    def on_mesh(leaf: jax.Array) -> jax.Array:  # the optimiser makes its counters and constants on one device
-        return leaf if leaf.sharding.device_set == devices else jax.device_put(leaf, sharding.of((), ()))
-
-    return jax.tree.map(on_mesh, state)
+    # Counters are made on one device of this process.
+    return jax.tree.map(lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, sharding.of((), ())), state)
 
 
 def place(batch: Rows, model: Model) -> dict[str, jax.Array]:

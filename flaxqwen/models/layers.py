@@ -7,11 +7,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 
 def layer_runner(
     stack: nn.Module,
-    x: jax.Array,
     static: tuple[int, ...],
     changes: Callable[[Any], Mapping[str, Any]] = lambda layer: {},
 ) -> Callable[..., Any]:
@@ -23,12 +23,15 @@ def layer_runner(
     called as it is.
 
     Args:
-      stack: the module whose layers are run. x: what the first one reads.
+      stack: the module whose layers are run.
       static: which of the arguments are no arrays.
       changes: fields of a layer that another one has in common with it, whatever its own say.
     """
     scope = stack.scope
-    if not isinstance(x, jax.core.Tracer) or scope is None or scope.mutable or scope.rngs:
+    # Within a program even a constant is traced; in a gradient or vmap outside of one, x alone would be, and a function
+    # that is new for each call would be compiled for each.
+    in_program = isinstance(jnp.zeros(()), jax.core.Tracer)
+    if not in_program or scope is None or scope.mutable or scope.rngs:
         return lambda layer, *arguments: layer(*arguments)
 
     def apply(layer: nn.Module, variables: Any, *arguments: Any) -> Any:

@@ -258,7 +258,7 @@ class Qwen2Model(nn.Module):
         rope = rotary_embedding(config, position_ids, x.dtype)
 
         hidden_states, attentions, filled = [], [], []
-        run = layer_runner(self, x, static=(4, 5), changes=self._first_of_kind)
+        run = layer_runner(self, static=(4, 5), changes=self._first_of_kind)
         for i, layer in enumerate(self.layers):
             hidden_states.append(x)
             own = None if cache is None else cache.replace(layers=(cache.layers[i],))

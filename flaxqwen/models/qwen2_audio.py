@@ -186,7 +186,7 @@ class Qwen2AudioEncoder(nn.Module):
             raise ValueError(f"encoder_layerdrop is {config.encoder_layerdrop}; training supports 0 alone")
         x = self.dropout(self.embed(input_features, positions), deterministic=deterministic)
         visibility = all_to_all(attention_mask, x.shape)
-        run = layer_runner(self, x, static=(2, 3))
+        run = layer_runner(self, static=(2, 3))
         given, attentions = [], []
         for layer in self.layers:
             given.append(x)

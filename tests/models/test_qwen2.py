@@ -13,7 +13,7 @@ import pytest
 from flaxqwen.cache import init_cache
 from flaxqwen.config import Qwen2Config
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM, Qwen2MLP, Qwen2Model
-from tests.reference import close, padded_mask, pair, random_ids, th, tiny, torch
+from tests.reference import close, counted_compilations, padded_mask, pair, random_ids, th, tiny, torch
 
 ROPE_LENGTH = 48
 ROPES = {
@@ -305,6 +305,16 @@ def test_layers_of_a_kind_are_traced_once(rng):
         assert len(ran) == 2
         close(logits, module.apply(variables, ids).logits, 1e-6)
         assert len(ran) == 2 + 6
+
+
+def test_a_gradient_outside_of_a_program_compiles_once(rng):
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
+    ids = random_ids(rng, (1, 8))
+    gradient = jax.grad(lambda params: module.apply({"params": params}, ids, labels=ids).loss)
+    gradient(params)
+    with counted_compilations() as compiled:
+        gradient(params)
+    assert compiled == []
 
 
 def test_attention_dropout_only_when_training(rng):
