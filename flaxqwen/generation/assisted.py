@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from flaxqwen.cache import KVCache, repeat_cache
 from flaxqwen.config import Qwen2AudioConfig, Qwen2Config
+from flaxqwen.distributed import agree
 from flaxqwen.generation import loop, speculative
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig
 from flaxqwen.generation.decoding import Control, kept, make_choice, start
@@ -196,7 +197,7 @@ def run(
     number of drafts; with a prompt lookup it is the text of plain sampling. The number of drafts begins anew in every
     call ("heuristic" goes on from call to call in Transformers), and is at most 64.
     """
-    begun = time.monotonic()
+    begun, seconds = time.monotonic(), control.stopping.seconds
     rounds, ahead = ROUNDS.get(platform(model.params), DEFAULT_ROUNDS)
     K, copies = drafter.most, options.num_return_sequences
     draft_request = request
@@ -228,9 +229,8 @@ def run(
     )
     draft = (None, None) if drafter.model is None else (drafter.model.module, drafter.model.variables)
     queue: deque[Any] = deque()
-    late = False
     while True:
-        late = options.max_time is not None and time.monotonic() - begun > options.max_time
+        late = seconds is not None and bool(agree(time.monotonic() - begun > seconds))
         ready = steps.take(late)
         lengths = np.full(B, request.length + steps.shortest - 1, np.int32)
         if ready is not None:

@@ -54,6 +54,8 @@ NOT_OF_A_ROW: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (1,),
     "guidance_scale": (None, 1.0),
     "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "token_healing": (None, False),
     "prefill_chunk_size": (None,),
     "max_time": (None,),
     "return_dict_in_generate": (False,),

@@ -1,14 +1,16 @@
 """A user's own processors and criteria: traced into the compiled loop where they can be, else called on the host.
 
-A callable is compiled in when it works under jax's tracing and either takes `cur_len` (input_ids is then the buffer
-[B, S] of which the first cur_len columns count) or never looks at input_ids. All others see what Transformers would
-give them, input_ids [B, cur_len], as numpy arrays or as torch tensors, once a step.
+A callable is compiled in when it works under jax's tracing, computes the same when it is called again, and takes
+`cur_len` (input_ids is then the buffer [B, S] of which the first cur_len columns count) or, a processor, never looks at
+input_ids. All others see what Transformers would give them, input_ids [B, cur_len], as numpy arrays or as torch
+tensors, once a step.
 
 Axes: B batch, S columns of the sequence buffer, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -23,27 +25,30 @@ from jax.typing import ArrayLike
 PROBE_COLUMNS = 32
 
 
-class ByIdentity:
-    """Makes any callable hashable: by its own equality where it has one, else by identity."""
+class Static:
+    """Makes any callable hashable: by its own equality where it has one, else by identity; and by what it computes.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    program: a digest of that: the attributes of an object may have changed since the last call.
+    """
+
+    def __init__(self, function: Callable[..., Any], program: bytes = b"") -> None:
         self.function = function
         try:
-            self.key: Any = (function, hash(function))
+            self.key: Any = (function, hash(function), program)
         except TypeError:
-            self.key = id(function)
+            self.key = (id(function), program)
 
     def __hash__(self) -> int:
         return hash(self.key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByIdentity) and self.key == other.key
+        return isinstance(other, Static) and self.key == other.key
 
 
 class Traced(flax.struct.PyTreeNode):
     """A user's callable inside the compiled loop. It is static: programs are made once for each, and keep it alive."""
 
-    static: ByIdentity = flax.struct.field(pytree_node=False)
+    static: Static = flax.struct.field(pytree_node=False)
     takes_cur_len: bool = flax.struct.field(pytree_node=False)
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: ArrayLike | None = None) -> jax.Array:
@@ -80,6 +85,15 @@ class Unread:
     def __getattr__(self, name: str) -> Any:
         raise TypeError(f"input_ids.{name} is used by a callable without a parameter `cur_len`")
 
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("input_ids are compared by a callable without a parameter `cur_len`")
+
+    __ne__ = __eq__
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise TypeError("input_ids are tested by a callable without a parameter `cur_len`")
+
 
 class HostCall:
     """A user's callable on the host: called with numpy arrays, or with torch tensors if that is what it works on."""
@@ -110,7 +124,12 @@ class HostCall:
 
 
 def wrap(
-    name: str, functions: Any, rows: int, vocab_size: int, check: Callable[[str, Any, int, int], None]
+    name: str,
+    functions: Any,
+    rows: int,
+    vocab_size: int,
+    check: Callable[[str, Any, int, int], None],
+    need_cur_len: bool = False,
 ) -> tuple[Any, ...]:
     """Each of a user's callables as what the loop can take.
 
@@ -120,6 +139,7 @@ def wrap(
       rows, vocab_size: B and V of the call.
       check: raises ValueError for a result that is not as expected; gets the name of the callable, the result or only
         its shape and dtype, B and V.
+      need_cur_len: only those that take it are traced.
 
     Returns:
       Of each a HostCall, or what can be traced: a Traced, a TracedPytree, or a processor of ours as it is.
@@ -131,10 +151,17 @@ def wrap(
         return ()
     if not isinstance(functions, Sequence) or isinstance(functions, str):
         raise ValueError(f"{name} must be a list of callables, found {type(functions).__name__}")
-    return tuple(_wrap(name, function, rows, vocab_size, check) for function in functions)
+    return tuple(_wrap(name, function, rows, vocab_size, check, need_cur_len) for function in functions)
 
 
-def _wrap(name: str, function: Any, rows: int, vocab_size: int, check: Callable[[str, Any, int, int], None]) -> Any:
+def _wrap(
+    name: str,
+    function: Any,
+    rows: int,
+    vocab_size: int,
+    check: Callable[[str, Any, int, int], None],
+    need_cur_len: bool,
+) -> Any:
     if not callable(function):
         raise ValueError(f"{name} must be a list of callables, found {function!r} in it")
     required = [
@@ -144,23 +171,28 @@ def _wrap(name: str, function: Any, rows: int, vocab_size: int, check: Callable[
     ]
     if required:
         raise ValueError(f"{name}: {describe(function)} needs {required[0]!r}; expected (input_ids, scores, cur_len)")
-    if is_transformers(function):
+    if is_transformers(function) or (need_cur_len and not takes_cur_len(function)):
         return HostCall(function)
     is_pytree = not jax.tree_util.treedef_is_leaf(jax.tree.structure(function))
     traced: Any = function
     if not is_pytree:
-        traced = Traced(ByIdentity(function), takes_cur_len(function))
+        traced = Traced(Static(function), takes_cur_len(function))
     elif not type(function).__module__.startswith("flaxqwen."):
         traced = TracedPytree(function, type(function))
-    shape = _trace(traced, rows, vocab_size)
-    if shape is None:
+    first = _trace(traced, rows, vocab_size)
+    # One that draws random numbers, or counts its calls, has to be asked at every step.
+    if first is None or first != _trace(traced, rows, vocab_size):
         return HostCall(function)
+    shape, program = first
     check(describe(function), shape, rows, vocab_size)
-    return traced
+    return traced if is_pytree else traced.replace(static=Static(function, program))
 
 
-def _trace(function: Callable[..., Any], rows: int, vocab_size: int) -> Any:
-    """Shape and dtype of what it returns under tracing; None where it cannot be traced, or does nothing to trace."""
+def _trace(function: Callable[..., Any], rows: int, vocab_size: int) -> tuple[Any, bytes] | None:
+    """Shape and dtype of what it returns under tracing, and a digest of what it computes.
+
+    None where it cannot be traced, or does nothing to trace.
+    """
     ids = jax.ShapeDtypeStruct((rows, PROBE_COLUMNS), jnp.int32)
     scores = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
     untouched = []
@@ -171,11 +203,13 @@ def _trace(function: Callable[..., Any], rows: int, vocab_size: int) -> Any:
         return result
 
     try:
-        shape = jax.eval_shape(probe, ids, scores, jax.ShapeDtypeStruct((), jnp.int32))
+        lowered = jax.jit(probe).lower(ids, scores, jax.ShapeDtypeStruct((), jnp.int32))
     except Exception:  # whatever it is: on the host it works, or says what is wrong with real values
         return None
     # One that hands its scores through is there for what it does beside: to look, to count, at every step.
-    return None if untouched[-1] else shape
+    if untouched[-1]:
+        return None
+    return lowered.out_info, hashlib.sha256(lowered.as_text().encode()).digest()
 
 
 def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -195,10 +229,9 @@ def describe(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def is_transformers(function: Any, name: str | None = None) -> bool:
-    """Whether this is an object of Transformers' classes (of the one called `name`), or of a class made from one."""
-    classes = [kind for kind in type(function).__mro__ if kind.__module__.partition(".")[0] == "transformers"]
-    return bool(classes) if name is None else any(kind.__name__ == name for kind in classes)
+def is_transformers(function: Any) -> bool:
+    """Whether this is an object of Transformers' classes, or of a class made from one."""
+    return any(kind.__module__.partition(".")[0] == "transformers" for kind in type(function).__mro__)
 
 
 def check_scores(name: str, result: Any, rows: int, vocab_size: int) -> None:

@@ -80,8 +80,9 @@ def generate(
 
     A processor or criterion of the user's is compiled into the loop if it is written in jnp and takes `cur_len`, as
     (input_ids, scores, cur_len): input_ids [B, S] int32, of which the first cur_len columns count, and scores [B, V]
-    float32, the newest. One that takes (input_ids, scores) is, too, if it looks at scores alone. All others are called
-    on the host at every step, as Transformers calls them, with numpy arrays or torch tensors; a warning says so.
+    float32, the newest. A processor that takes (input_ids, scores) is, too, if it looks at scores alone and computes
+    the same at each call. All others are called on the host at every step, as Transformers calls them, with numpy
+    arrays or torch tensors; a warning says so.
 
     Args:
       inputs, input_ids: [B, P] int, one or the other. None: the bos token, if the config has one.
@@ -178,7 +179,7 @@ def stream(model: CausalLM, *inputs: Any, tokenizer: Any = None, **arguments: An
 
     Args:
       tokenizer: of the model, to get text. Also for stop_strings.
-      inputs, arguments: as of generate(), but for a streamer.
+      inputs, arguments: as of generate(), but for streamer and custom_generate.
 
     Returns:
       An iterator over steps, of tokens [B] int32, finished rows filled with the pad token. With a tokenizer it gives
@@ -188,6 +189,9 @@ def stream(model: CausalLM, *inputs: Any, tokenizer: Any = None, **arguments: An
     Raises:
       ValueError: as generate(), at once.
     """
+    for name in ("streamer", "custom_generate"):
+        if arguments.pop(name, None) is not None:
+            raise ValueError(f"stream() takes no {name}: give it to generate()")
     call = prepare(model, *inputs, tokenizer=tokenizer, **arguments)
     if call.options.num_beams > 1:
         check_beams(call.options, streams=True)
@@ -305,7 +309,7 @@ def prepare(
     copies = resolved.num_beams if resolved.num_beams > 1 else resolved.num_return_sequences
     constraint = (regex, json_schema, tokenizer, len(ids), copies, vocab_size, resolved.eos_token_id)
     control = Control(stopping, processors, allowed, make_grammar(*constraint))
-    _warn(resolved.max_length, config.max_position_embeddings, control)
+    _warn(resolved.max_length, config.context_length, control)
     drafter = make_drafter(model, assistant_model, resolved, options, request, control)
     return Call(model, request, resolved, control, past_key_values, ids, drafter)
 

@@ -69,13 +69,13 @@ class AllowedTokens(HostCall):
         self.allowed = function
 
     def mask(self, input_ids: Any, scores: Any) -> np.ndarray:
-        """Scores [B, V]; where a row's allowed tokens are all -inf already, they have 0.
+        """Scores [B, V]; where the allowed tokens of all of a prompt's rows are -inf already, they have 0.
 
         Raises:
           ValueError: no token is allowed, or one that is out of the vocabulary.
         """
         given = np.asarray(scores)
-        masked = np.full_like(given, -np.inf)
+        allowed_tokens = np.zeros(given.shape, bool)
         for row, tokens in enumerate(input_ids):
             allowed = np.asarray(self.allowed(row // self.beams, tokens), np.int64).reshape(-1)
             if not allowed.size or allowed.min() < 0 or allowed.max() >= given.shape[1]:
@@ -83,9 +83,10 @@ class AllowedTokens(HostCall):
                     f"{self.name} returned {allowed.tolist()} for row {row}; expected token ids from 0 to "
                     f"{given.shape[1] - 1}, one at least"
                 )
-            kept = given[row, allowed]
-            masked[row, allowed] = 0 if np.isneginf(kept).all() else kept
-        return masked
+            allowed_tokens[row, allowed] = True
+        masked = np.where(allowed_tokens, given, -np.inf)
+        dead = np.isneginf(masked).reshape(-1, self.beams * given.shape[1]).all(axis=1)
+        return np.where(np.repeat(dead, self.beams)[:, None] & allowed_tokens, 0, masked)
 
 
 def prefill(

@@ -139,11 +139,13 @@ def draft(
     rows, token = state.rows, choice.token
     assert state.draft_cache is not None
     B = rows.input_ids.shape[0]
+    # Its cache may be smaller than the target's.
+    seen = None if rows.slot_mask is None else rows.slot_mask[:, : state.draft_cache.capacity]
 
     def run(weights: Variables, tokens: jax.Array, at: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Scores [B, V] after tokens [B, T], the newest of which has position `at` [B]."""
         positions = jnp.maximum(at[:, None] + jnp.arange(1 - tokens.shape[1], 1), 0)
-        inputs = {"attention_mask": rows.slot_mask, "position_ids": positions, "past_key_values": cache}
+        inputs = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache}
         logits, cache, _ = run_model(module, weights, tokens, (), **inputs, logits_to_keep=1)
         return fit_vocabulary(logits.astype(jnp.float32), vocab_size), cache
 

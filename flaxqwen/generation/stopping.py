@@ -5,12 +5,13 @@ Axes: B batch, n new tokens, S columns of the sequence buffer, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from flaxqwen.generation.callables import HostCall, check_verdict, is_transformers, wrap
+from flaxqwen.generation.callables import HostCall, check_verdict, wrap
 from flaxqwen.generation.config import ResolvedConfig
 from flaxqwen.generation.sampling import Criterion
 from flaxqwen.generation.stop_strings import stop_strings_of
@@ -41,20 +42,26 @@ def make_stopping(
     Raises:
       ValueError: stop_strings without a tokenizer; criteria that are none.
     """
-    calls = wrap("stopping_criteria", criteria, rows, vocab_size, check_verdict)
-    own, eos, seconds = [], options.eos_token_id, options.max_time
+    # Scores are a tuple, of all steps, to those of Transformers' signature: in the loop there are the newest alone.
+    calls = wrap("stopping_criteria", criteria, rows, vocab_size, check_verdict, need_cur_len=True)
+    eos, seconds = options.eos_token_id, options.max_time
     fills = bool(eos) or any(hasattr(_function(call), "eos_token_id") for call in calls)
+    # Transformers' own are done without calling them; they take the place of what the options say.
+    known: dict[str, list[Any]] = {"MaxLengthCriteria": [], "MaxTimeCriteria": [], "EosTokenCriteria": []}
+    own: list[Any] = []
     for call in calls:
-        # Transformers' own are done without calling them; they take the place of what the options say.
         function = _function(call)
-        if is_transformers(function, "MaxLengthCriteria"):
-            options = _with_length(options, function.max_length)
-        elif is_transformers(function, "MaxTimeCriteria"):
-            seconds = function.max_time
-        elif is_transformers(function, "EosTokenCriteria"):
-            eos = tuple(np.asarray(function.eos_token_id).reshape(-1).tolist())
+        kind = type(function).__name__ if type(function).__module__.startswith("transformers.") else ""
+        if kind in known:
+            known[kind].append(function)
         else:
             own.append(call)
+    if lengths := [criterion.max_length for criterion in known["MaxLengthCriteria"]]:
+        options = _with_length(options, min(lengths))
+    if times := [criterion.initial_timestamp + criterion.max_time for criterion in known["MaxTimeCriteria"]]:
+        seconds = min(times) - time.time()
+    if ends := [np.asarray(criterion.eos_token_id).reshape(-1) for criterion in known["EosTokenCriteria"]]:
+        eos = tuple(np.unique(np.concatenate(ends)).tolist())
     if options.stop_strings is not None:
         own.append(stop_strings_of(tokenizer, options.stop_strings, vocab_size))
     host = tuple(call for call in own if isinstance(call, HostCall))

@@ -6,6 +6,7 @@ Axes: B batch, P columns of the prompts.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
@@ -36,13 +37,16 @@ class Stream(Generic[Piece], Iterator[Piece], AsyncIterator[Piece]):
 
     def __init__(self, pieces: Generator[Piece, None, None]) -> None:
         self._pieces = pieces
+        self._running = threading.RLock()  # a reader whose task was cancelled leaves its thread in mid-step
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        with self._running:
+            return next(self._pieces)
 
     def close(self) -> None:
-        """End the generation."""
-        self._pieces.close()
+        """End the generation; where a step is being computed, after it."""
+        with self._running:
+            self._pieces.close()
 
     def __enter__(self) -> Self:
         return self
@@ -54,14 +58,14 @@ class Stream(Generic[Piece], Iterator[Piece], AsyncIterator[Piece]):
 
     async def __anext__(self) -> Piece:
         # In a thread: the event loop goes on while the device works.
-        piece = await asyncio.to_thread(next, self._pieces, _END)
+        piece = await asyncio.to_thread(next, cast(Iterator[Piece], self), _END)
         if piece is _END:
             raise StopAsyncIteration
         return cast(Piece, piece)
 
     async def aclose(self) -> None:
-        """End the generation."""
-        self.close()
+        """End the generation; where a step is being computed, after it."""
+        await asyncio.to_thread(self.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -69,7 +73,7 @@ class Stream(Generic[Piece], Iterator[Piece], AsyncIterator[Piece]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        await self.aclose()
 
 
 class TextDecoder:

@@ -78,6 +78,25 @@ def test_greedy_tokens_are_theirs(ours, rng):
     assert len(rounds) < 30 * NEW / 2
 
 
+def test_a_padded_batch_in_a_larger_cache(ours, rng):
+    """The draft model's cache is as large as it must be, the model's as large as is asked."""
+    _, mine, _, my_draft = random_models(ours, rng)
+    ids, mask = random_ids(rng, (2, 9), VOCAB), padded_mask([9, 5], 9, "left")
+    want = mine.generate(ids, attention_mask=mask, **GREEDY)
+    got = mine.generate(ids, attention_mask=mask, assistant_model=my_draft, max_cache_len=1024, **GREEDY)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_their_clock_ends_drafting(ours, rng):
+    import transformers
+
+    _, mine, _, my_draft = random_models(ours, rng)
+    ids = random_ids(rng, (1, 9), VOCAB)
+    late = [transformers.MaxTimeCriteria(0.0, initial_timestamp=0.0)]
+    for how in ({"assistant_model": my_draft}, {"prompt_lookup_num_tokens": 3}):
+        assert mine.generate(ids, stopping_criteria=late, **how, **GREEDY).shape == (1, 10)
+
+
 def test_lookup_is_theirs(ours, rng):
     """30 models, on prompts of few tokens; penalties below 1 favour what has been there."""
     for index in range(30):

@@ -144,6 +144,8 @@ def test_prompts_are_padded_little():
         ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences=2 is not for batches"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 is not for batches"),
         ({"max_time": 1.0}, "max_time=1.0 is not for batches"),
+        ({"token_healing": True}, "token_healing=True is not for batches"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit=1 is not for batches"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate=True is not for batches"),
         ({"max_new_tokens": 126}, "come to 129, the model's context is 128"),
         ({"max_tokens": 3}, "unknown generation option 'max_tokens'; did you mean 'max_new_tokens'"),

@@ -150,6 +150,62 @@ def test_their_processors_and_ours(rng, pair_of_models):
         np.testing.assert_array_equal(mine.generate(ids, logits_processor=ours, **LENGTH), want)
 
 
+@pytest.mark.filterwarnings(HOST)
+def test_their_processor_acts_in_place_of_the_options(rng, pair_of_models):
+    import transformers
+
+    theirs, mine = pair_of_models
+    ids = random_ids(rng, (2, 7))
+    options = {**LENGTH, "repetition_penalty": 1.1}
+    options["logits_processor"] = transformers.LogitsProcessorList([transformers.RepetitionPenaltyLogitsProcessor(3.0)])
+    want = theirs.generate(th(ids), do_sample=False, **options)
+    with pytest.warns(UserWarning, match="RepetitionPenaltyLogitsProcessor in logits_processor acts in place"):
+        got = mine.generate(ids, **options)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_what_is_compiled_is_what_is_called(rng, pair_of_models):
+    """An attribute that changes between calls acts; with what changes at each call nothing is compiled in."""
+    _, mine = pair_of_models
+    ids = random_ids(rng, (2, 7))
+    options = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+
+    class Scaled:
+        factor = 1.0
+
+        def __call__(self, input_ids, scores):
+            return scores * self.factor
+
+    class Cooling(Scaled):
+        def __call__(self, input_ids, scores):
+            self.factor *= 0.5
+            return scores * self.factor
+
+    scaled = Scaled()
+    for factor in (1.0, 5.0):
+        scaled.factor = factor
+        output = mine.generate(ids, logits_processor=[scaled], **options)
+        close(output.scores[-1], factor * np.asarray(output.logits[-1]))
+    with counted_compilations() as compiled:
+        mine.generate(ids, logits_processor=[scaled], **options)
+    assert not compiled
+    with pytest.warns(UserWarning, match="Cooling: called on the host"):
+        output = mine.generate(ids, logits_processor=[Cooling()], **options)
+    ratios = [np.asarray(s)[0, 0] / np.asarray(x)[0, 0] for s, x in zip(output.scores, output.logits, strict=True)]
+    np.testing.assert_allclose(np.divide(ratios[1:], ratios[:-1]), 0.5, rtol=1e-6)
+
+    def noisy(input_ids, scores):
+        return scores + np.random.gumbel(size=scores.shape).astype(np.float32)
+
+    def sees(input_ids, scores):
+        return jnp.where(jnp.any(input_ids == int(ids[0, 0])), -scores, scores)
+
+    for function in (noisy, sees):
+        with pytest.warns(UserWarning, match=f"{function.__name__}: called on the host"):
+            output = mine.generate(ids, logits_processor=[function], **options)
+    close(output.scores[0], -np.asarray(output.logits[0]))
+
+
 def test_one_that_looks_is_called_at_every_step(rng, pair_of_models):
     _, mine = pair_of_models
     lengths = []
@@ -186,6 +242,21 @@ def test_allowed_tokens_that_are_banned_are_forced(rng, pair_of_models):
     theirs, mine = pair_of_models
     ids = random_ids(rng, (1, 6))
     options = {"bad_words_ids": [[17]], "prefix_allowed_tokens_fn": lambda row, tokens: [17], "max_new_tokens": 3}
+    want = theirs.generate(th(ids), do_sample=False, **options)
+    np.testing.assert_array_equal(mine.generate(ids, **options), want)
+
+
+@pytest.mark.filterwarnings(HOST)
+def test_a_beam_without_allowed_tokens_dies(rng, pair_of_models):
+    """They are forced where all beams of a prompt are without, and not on one of them."""
+    theirs, mine = pair_of_models
+    ids = random_ids(rng, (2, 6))
+
+    def allowed(row, tokens):
+        return [8] if int(tokens[-1]) % 2 else [n for n in range(331) if n != 8]
+
+    options = {**LENGTH, "eos_token_id": 8, "num_beams": 3, "min_new_tokens": 5, "prefix_allowed_tokens_fn": allowed}
+    options["sequence_bias"] = [[[n], 4.0] for n in range(1, 331, 2)]  # odd tokens, after which beams are dead
     want = theirs.generate(th(ids), do_sample=False, **options)
     np.testing.assert_array_equal(mine.generate(ids, **options), want)
 

@@ -190,6 +190,61 @@ def test_their_own_criteria_are_done_without_calling_them(rng, pair_of_models):
         np.testing.assert_array_equal(mine.generate(ids, max_new_tokens=12, **options), want)
 
 
+@pytest.mark.filterwarnings(HOST)
+def test_several_criteria_of_theirs(rng, pair_of_models):
+    """The ids of all end a row, the least length counts; one made from theirs is asked, and the default stays."""
+    import transformers
+    from transformers.generation import EosTokenCriteria
+
+    class Never(EosTokenCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    theirs, mine = pair_of_models
+    ids = random_ids(rng, (2, 6))
+    some, others = list(range(0, 331, 9)), list(range(4, 331, 9))
+    for criteria in (
+        [EosTokenCriteria(some), EosTokenCriteria(others)],
+        [transformers.MaxLengthCriteria(20), transformers.MaxLengthCriteria(11)],
+        [Never(others)],
+    ):
+        given = transformers.StoppingCriteriaList(criteria)
+        options = {"stopping_criteria": given, "pad_token_id": 1, "eos_token_id": some, "max_new_tokens": 12}
+        want = theirs.generate(th(ids), do_sample=False, **options)
+        np.testing.assert_array_equal(mine.generate(ids, **options), want)
+
+
+def test_their_clock_starts_when_they_say(pair_of_models):
+    import transformers
+
+    _, mine = pair_of_models
+    late = transformers.MaxTimeCriteria(60.0, initial_timestamp=time.time() - 61)
+    assert mine.generate(np.ones((2, 4), np.int32), max_new_tokens=40, stopping_criteria=[late]).shape == (2, 5)
+
+
+@pytest.mark.filterwarnings(HOST)
+def test_criteria_of_their_signature_get_the_scores_of_all_steps(rng, pair_of_models):
+    theirs, mine = pair_of_models
+    ids = random_ids(rng, (2, 6))
+    limits = []
+
+    def high(input_ids, scores, **kwargs):
+        assert len(scores) == input_ids.shape[1] - 6
+        newest = scores[-1].max(axis=-1)
+        newest = newest.values if hasattr(newest, "values") else newest
+        limits.append(np.asarray(newest))
+        return newest > limit
+
+    options = {"max_new_tokens": 10, "output_scores": True, "return_dict_in_generate": True, "eos_token_id": [330]}
+    options |= {"stopping_criteria": [high], "pad_token_id": 3}
+    limit = np.inf
+    mine.generate(ids, **options)
+    limit = float(np.median(limits))
+    want = theirs.generate(th(ids), do_sample=False, **options).sequences
+    got = mine.generate(ids, **options).sequences
+    np.testing.assert_array_equal(got, want)
+
+
 BAD = [
     ({"stop_strings": "x"}, "needs the tokenizer"),
     ({"stop_strings": [""], "tokenizer": 1}, "none of them empty"),

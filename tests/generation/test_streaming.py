@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from threading import Thread
+import time
+from threading import Event, Thread
 
 import jax
 import numpy as np
@@ -84,6 +85,37 @@ def test_async_reading(rng, pair_of_models):
     assert len(asyncio.run(read(3))[0]) == 3
 
 
+def test_a_reader_that_is_cancelled_in_mid_step(rng, pair_of_models):
+    """The step ends in its thread, then the generation, and the error is the reader's own."""
+    _, mine = pair_of_models
+    ids = random_ids(rng, (2, 6))
+    entered = Event()
+
+    def slow(input_ids, scores, cur_len):
+        entered.set()
+        time.sleep(0.3)
+        return np.asarray(scores)
+
+    async def read(stream):
+        async with stream:
+            async for _ in stream:
+                pass
+
+    async def cancel():
+        stream = mine.stream(ids, logits_processor=[slow], **LENGTH)
+        entered.clear()
+        reading = asyncio.create_task(read(stream))
+        await asyncio.to_thread(entered.wait)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        return stream
+
+    with pytest.warns(UserWarning, match="slow: called on the host"):
+        stream = asyncio.run(cancel())
+    assert next(stream, None) is None
+
+
 def test_leaving_early_frees_the_memory(rng, pair_of_models):
     _, mine = pair_of_models
     ids = random_ids(rng, (2, 6))
@@ -141,6 +173,9 @@ def test_stream_checks_at_once(pair_of_models):
     _, mine = pair_of_models
     with pytest.raises(ValueError, match="temperature"):
         mine.stream([[1, 2]], temprature=0.3)
+    for name in ("streamer", "custom_generate"):
+        with pytest.raises(ValueError, match=rf"stream\(\) takes no {name}"):
+            mine.stream([[1, 2]], **{name: print})
 
 
 def test_text_streamer_prints_what_theirs_prints(rng, pair_of_models, tokenizer, capsys):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxqwen.generation.callables import HostCall
 from flaxqwen.generation.config import ResolvedConfig
 from flaxqwen.generation.processors.base import LogitsProcessor
 from flaxqwen.generation.processors.constraints import (
@@ -123,18 +124,25 @@ def _constraints(options: ResolvedConfig, prompt_ids: np.ndarray) -> list[Logits
     if options.suppress_tokens:
         found.append(SuppressTokensLogitsProcessor(options.suppress_tokens))
     if options.begin_suppress_tokens:
-        forced = length == 1 and options.forced_bos_token_id is not None  # generation begins after that token
+        forced = length <= 1 and options.forced_bos_token_id is not None  # generation begins after that token
         found.append(SuppressTokensAtBeginLogitsProcessor(options.begin_suppress_tokens, length + forced))
     return found
 
 
 def _merge(defaults: list[LogitsProcessor], custom: Sequence[LogitsProcessor]) -> list[LogitsProcessor]:
-    """The user's own after the defaults, or in place of a default of the same type."""
-    own = {type(processor): processor for processor in reversed(custom)}
-    for name in sorted(type(processor).__name__ for processor in defaults if type(processor) in own):
+    """The user's own after the defaults, or in place of a default of the same type, be it ours or Transformers'."""
+    own = {_kind(processor): processor for processor in reversed(custom)}
+    for name in sorted(_kind(processor) for processor in defaults if _kind(processor) in own):
         warnings.warn(f"the {name} in logits_processor acts in place of the one that the options ask for", stacklevel=5)
-    merged = [own.get(type(processor), processor) for processor in defaults]
+    merged = [own.get(_kind(processor), processor) for processor in defaults]
     return merged + [processor for processor in custom if not any(processor is other for other in merged)]
+
+
+def _kind(processor: Any) -> str:
+    """The class of a processor, by its name if it is ours or, called on the host, Transformers'."""
+    kind = type(processor.function if isinstance(processor, HostCall) else processor)
+    known = kind.__module__.partition(".")[0] in ("flaxqwen", "transformers")
+    return kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _warpers(options: ResolvedConfig) -> list[LogitsProcessor]:
