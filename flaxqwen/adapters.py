@@ -150,6 +150,8 @@ class AdapterMethods:
         for name in names:
             self._known(name)
         left = {name: adapter for name, adapter in self.adapters.loaded.items() if name not in names}
+        if not left:
+            return self.unload()
         active = tuple(name for name in self.adapters.active if name in left) or tuple(left)[:1]
         return self._apply(dataclasses.replace(self.adapters, loaded=left, active=active))
 
@@ -219,9 +221,15 @@ class AdapterMethods:
                 raise ValueError(f"adapter {name!r} adapts the audio tower, whose clips are no rows: set_adapter it")
         sharding = module_sharding(self.module)
         heads = None if sharding is None else sharding.heads
-        lora = mix_adapters(self.adapters.loaded, list(adapter_names) * copies, heads)
-        adapters = dataclasses.replace(self.adapters, variables={"params": self.params, "lora": lora})
-        return self._replace(module=self._base_module, adapters=adapters)
+        stack = mix_adapters(self.adapters.loaded, list(adapter_names) * copies, heads)
+        # On the devices once, not with each of a call's programs.
+        lora = jax.device_put(stack, None if sharding is None else sharding.of((), ()))
+        base, params = self._base_module, self.params
+        module = adapted_module(base, [tree for _, tree in self.adapters.loaded.values()])
+        if module is not base:  # a head that is tied has no adapter of its own
+            params = params | {"lm_head": params["model"]["embed_tokens"]}
+        adapters = dataclasses.replace(self.adapters, variables={"params": params, "lora": lora})
+        return self._replace(module=module, adapters=adapters)
 
     @property
     def _base_module(self) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from operator import itemgetter
 from typing import Any
@@ -25,7 +26,8 @@ TOKENIZED_AT_ONCE = 1000
 def read_examples(lines: Iterable[str], tokenizer: Any) -> Iterator[Example]:
     """The examples of a file's lines, a JSON object each: {"messages": [...]} or {"text": "..."}.
 
-    Of messages the assistant's are learned, the token that ends each included; of a text all. Blank lines are skipped.
+    Of messages the assistant's are learned, the token that ends each included; of a text all. Beside messages there may
+    be "tools", for the chat template. Blank lines are skipped.
 
     Raises:
       ValueError: a line that is neither, by its number.
@@ -36,21 +38,23 @@ def read_examples(lines: Iterable[str], tokenizer: Any) -> Iterator[Example]:
         for number, line in batch:
             try:
                 texts.append(_to_text(json.loads(line), tokenizer))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"line {number}: {error}") from None
+            except Exception as error:  # jinja's own, too, which is imported by the first chat
+                if isinstance(error, ValueError | KeyError | TypeError) or type(error).__module__.startswith("jinja2"):
+                    raise ValueError(f"line {number}: {error}") from None
+                raise
         yield from _to_examples(texts, tokenizer)
 
 
 def _to_text(record: Any, tokenizer: Any) -> LearnedText:
     """One record as text; ValueError for what is no record."""
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return _chat_text(record["messages"], tokenizer)
+        return _chat_text(record["messages"], record.get("tools"), tokenizer)
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return record["text"], None
     raise ValueError('expected {"messages": [...]} or {"text": "..."}')
 
 
-def _chat_text(messages: list[dict[str, str]], tokenizer: Any) -> LearnedText:
+def _chat_text(messages: list[dict[str, str]], tools: Any, tokenizer: Any) -> LearnedText:
     """A conversation: what the template puts between the prompt of each answer and the answer's end is learned."""
     for message in messages:
         if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
@@ -58,7 +62,9 @@ def _chat_text(messages: list[dict[str, str]], tokenizer: Any) -> LearnedText:
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise ValueError("no message of the assistant: there is nothing to learn")
-    render = tokenizer.apply_chat_template
+    if answers[0] == 0:
+        raise ValueError("the first message is the assistant's: there is nothing that it answers")
+    render = partial(tokenizer.apply_chat_template, tools=tools)
     text = render(messages, tokenize=False)
     spans = []
     for i in answers:

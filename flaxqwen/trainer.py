@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,7 @@ from flaxqwen.model import Model
 from flaxqwen.models.losses import IGNORE_INDEX
 from flaxqwen.sharding import module_sharding
 from flaxqwen.training import (
+    Optim,
     Remat,
     TrainState,
     Variables,
@@ -55,12 +58,15 @@ class TrainingOptions:
     epochs: how often each row is seen, where steps is None.
     batch_size: rows of a micro-batch, of all devices together; accumulate: micro-batches of a step.
     learning_rate: the highest; warmup_steps from 0 to it, then a cosine to final_learning_rate.
-    weight_decay, beta1, beta2, eps, max_grad_norm: see make_optimizer.
+    optim, weight_decay, beta1, beta2, eps, max_grad_norm: see make_optimizer.
     lora: an adapter of this config is trained, in place of all parameters.
     dtype: of the arithmetic; what is trained is kept in float32.
     remat: see make_train_step.
-    seed: of the order of the data.
-    log_every, save_every, eval_every: in steps; the last step does all three.
+    seed: of the order of the data, and of a new adapter.
+    log_every, save_every, eval_every: in steps; the last step does all three, and an evaluation is logged.
+
+    Raises:
+      ValueError: a learning rate or epochs of 0, or less; a beta that is not below 1.
     """
 
     steps: int | None = None
@@ -70,6 +76,7 @@ class TrainingOptions:
     learning_rate: float = 1e-5
     final_learning_rate: float = 0.0
     warmup_steps: int = 0
+    optim: Optim = "adamw"
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -82,6 +89,14 @@ class TrainingOptions:
     log_every: int = 10
     save_every: int = 500
     eval_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1")
 
     def steps_for(self, rows: int) -> int:
         """Steps of the run, on a number of rows."""
@@ -101,7 +116,7 @@ def train(
     """Train all parameters of a model, or an adapter beside them.
 
     Args:
-      model: its parameters in float32; with options.lora in any dtype.
+      model: without adapters, and not quantized; with options.lora it may be.
       rows: of dataset.pack; held_out: likewise, for the evaluation.
       resume: go on from the last checkpoint in `out`, bit for bit; from the start where there is none yet.
       report: called with each record of the metrics, and the steps of the run.
@@ -112,7 +127,8 @@ def train(
 
     Raises:
       FileExistsError: `out` has a run already, and resume is False.
-      ValueError: the run in `out` has other options; a config of an adapter that is not supported.
+      ValueError: the run in `out` has other options or other data; a config of an adapter that is not supported; a
+        model whose parameters cannot be trained.
       ImportError: grain or orbax is not installed.
     """
     steps = options.steps_for(len(rows["input_ids"]))
@@ -123,6 +139,7 @@ def train(
         eps=options.eps,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
+        optim=options.optim,
     )
     batches = Batches(rows, options.batch_size, options.accumulate, options.seed)
     parts = _whole(model) if options.lora is None else _adapter(model, options.lora, options.seed)
@@ -130,8 +147,8 @@ def train(
     module = model.module.clone(dtype=jnp.dtype(options.dtype))
     train_step = make_train_step(module, optimizer, remat=options.remat, assemble=parts.assemble)
     evaluate = Evaluation(model.module, held_out, options.batch_size)
-    with _Run(out, options, resume) as run, _terminated() as is_terminated:
-        state = run.restore(_first_state(parts, optimizer))
+    with _Run(out, options, rows, resume) as run, _terminated() as is_terminated:
+        state = run.restore(lambda: _first_state(parts, optimizer))
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
         taken, ended = int(state.step), False
@@ -140,12 +157,13 @@ def train(
             state, metrics = step(state, place(batches[taken], model), parts.frozen)
             taken += 1
             is_last = taken == steps
-            is_logged = taken % options.log_every == 0 or is_last
+            is_evaluated = held_out is not None and (taken % options.eval_every == 0 or is_last)
+            is_logged = taken % options.log_every == 0 or is_last or is_evaluated
             if is_logged:
                 tokens = rows["input_ids"].shape[1] * options.batch_size * options.accumulate
                 record = {"step": taken, **{name: float(value) for name, value in metrics.items()}}
                 record |= {"learning_rate": float(schedule(taken - 1)), "tokens_per_second": clock.rate(taken, tokens)}
-                if held_out is not None and (taken % options.eval_every == 0 or is_last):
+                if is_evaluated:
                     record |= evaluate(parts.assemble(state.trainable, parts.frozen))
                 run.log(record)
                 report(record, steps)
@@ -173,9 +191,16 @@ class _Parts:
 
 
 def _whole(model: Model) -> _Parts:
-    """All parameters are trained, on a mesh as the checkpoint has them."""
+    """All parameters are trained, in float32, on a mesh as the checkpoint has them."""
+    if model.adapters.loaded:
+        raise ValueError(
+            "the model has adapters: merge_and_unload() or unload() it first, or train one by options.lora"
+        )
+    if model.config.quantization_config is not None:
+        raise ValueError("integer weights are not trained: train an adapter beside them, by options.lora")
     sharding = module_sharding(model.module)
-    params = model.params if sharding is None else sharding.undo_heads(model.params)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.params)
+    params = params if sharding is None else sharding.undo_heads(params)
 
     def trained(trainable: Variables) -> Model:
         params = trainable["params"]
@@ -201,8 +226,12 @@ def _first_state(parts: _Parts, optimizer: optax.GradientTransformation) -> Trai
     state = TrainState.create(jax.tree.map(jnp.copy, parts.trainable), optimizer)
     if (sharding := module_sharding(parts.model.module)) is None:
         return state
-    # Counters are made on one device of this process.
-    return jax.tree.map(lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, sharding.of((), ())), state)
+    devices = set(sharding.mesh.devices.flat)
+
+    def on_mesh(leaf: jax.Array) -> jax.Array:  # the optimiser makes its counters and constants on one device
+        return leaf if leaf.sharding.device_set == devices else jax.device_put(leaf, sharding.of((), ()))
+
+    return jax.tree.map(on_mesh, state)
 
 
 def place(batch: Rows, model: Model) -> dict[str, jax.Array]:
@@ -255,19 +284,21 @@ class _Clock:
 class _Run:
     """The files of a run; see the top of this file."""
 
-    def __init__(self, out: Path, options: TrainingOptions, resume: bool) -> None:
+    def __init__(self, out: Path, options: TrainingOptions, rows: Rows, resume: bool) -> None:
         self._orbax = import_extra("orbax.checkpoint")
         self._metrics = out / "metrics.jsonl"
-        settings, wanted = out / "training.json", json.dumps(dataclasses.asdict(options), indent=2) + "\n"
-        if settings.is_file():
+        settings = out / "training.json"
+        wanted = json.dumps(dataclasses.asdict(options) | {"data": _summary(rows)}, indent=2) + "\n"
+        has_begun = settings.is_file()
+        if has_begun:
             if not resume:
                 raise FileExistsError(f"{out} has a run already: --resume goes on with it, or choose another folder")
             if settings.read_text() != wanted:
-                raise ValueError(f"{settings} has other options: a run is resumed with those it began with")
+                raise ValueError(f"{settings} has other options or data: a run is resumed with those it began with")
         agree(0)  # all processes have looked
-        if is_main():
+        if is_main() and not has_begun:
             out.mkdir(parents=True, exist_ok=True)
-            settings.write_text(wanted)
+            _write(settings, wanted)
         # Synchronous: the next step overwrites the state, which is donated.
         how = self._orbax.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = self._orbax.CheckpointManager((out / "checkpoints").absolute(), options=how)
@@ -278,16 +309,16 @@ class _Run:
     def __exit__(self, *error: object) -> None:
         self._manager.close()
 
-    def restore(self, state: TrainState) -> TrainState:
-        """The state of the last checkpoint, placed as `state` is; `state` itself where there is none."""
-        last = self._manager.latest_step()
+    def restore(self, make_first: Callable[[], TrainState]) -> TrainState:
+        """The state of the last checkpoint, placed as the first one is; the first one itself where there is none."""
+        state, last = make_first(), self._manager.latest_step()
         if last is not None:
             like = jax.tree.map(self._orbax.utils.to_shape_dtype_struct, state)
+            del state  # there is not room for two
             state = self._manager.restore(last, args=self._orbax.args.StandardRestore(like))
         if is_main() and self._metrics.is_file():  # lines after the checkpoint will be written again
-            lines = self._metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= (last or 0)]
-            self._metrics.write_text("".join(kept))
+            lines = [line for line in self._metrics.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            _write(self._metrics, "".join(line for line in lines if json.loads(line)["step"] <= (last or 0)))
         return state
 
     def save(self, step: int, state: TrainState) -> None:
@@ -298,6 +329,21 @@ class _Run:
         if is_main():
             with self._metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _summary(rows: Rows) -> dict[str, Any]:
+    """What tells the data of a run from other data."""
+    crc = 0
+    for name in sorted(rows):
+        crc = zlib.crc32(np.ascontiguousarray(rows[name]), crc)
+    return {"rows": len(rows["input_ids"]), "length": rows["input_ids"].shape[1], "crc32": crc}
+
+
+def _write(path: Path, text: str) -> None:
+    """A file that is whole, or as it was before."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
 
 
 @contextmanager

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from flaxqwen.lora import LoraConfig, make_variables
 from flaxqwen.models.losses import IGNORE_INDEX, chunked_cross_entropy
@@ -43,9 +44,13 @@ Variables = dict[str, Any]
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Remat = Literal["none", "dots", "full"]
+Optim = Literal["adamw", "muon"]
 
 # Tokens whose logits are in memory at once: 1,024 x 152k in float32 are 0.6 GB, where 8,192 would be 5.
 LOSS_CHUNK = 1024
+# For Muon: the root mean square of AdamW's updates (Liu et al. 2025), and the axes of a matrix, [..., out, in].
+MUON_RMS = 0.2
+OUT_IN = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
 # What the forward pass keeps of a layer for the backward pass, which computes the rest again.
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -90,17 +95,34 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    max_grad_norm: float | None = 1.0,
+    max_grad_norm: float = 1.0,
+    optim: Optim = "adamw",
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019); defaults as Transformers' Trainer.
+    """AdamW (Loshchilov and Hutter 2019), with defaults as Transformers' Trainer; or Muon (Jordan et al. 2024).
 
     Args:
       schedule: the learning rate, or of make_schedule.
       weight_decay: of matrices; norms and biases do not decay.
-      max_grad_norm: the global norm to which gradients are clipped; None: they are not.
+      betas, eps: of AdamW; Muon's momentum is 0.95.
+      max_grad_norm: the global norm to which gradients are clipped; 0: they are not, as in Transformers.
+      optim: "muon" takes the matrices of layers, with updates scaled to the size of AdamW's, so that its learning rates
+        serve (Liu et al. 2025), and AdamW what remains: embeddings, heads, convolutions, vectors.
+
+    Raises:
+      ValueError: another optim.
     """
-    adamw = optax.adamw(schedule, *betas, eps, weight_decay=weight_decay, mask=_decays)
-    return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
+    if optim not in get_args(Optim):
+        raise ValueError(f"optim is {optim!r}; expected one of {', '.join(get_args(Optim))}")
+    steps = optax.adamw(schedule, *betas, eps, weight_decay=weight_decay, mask=_decays)
+    if optim == "muon":
+        muon = optax.contrib.muon(
+            schedule,
+            weight_decay=weight_decay,
+            muon_weight_dimension_numbers=lambda matrices: jax.tree.map(lambda _: OUT_IN, matrices),
+            consistent_rms=MUON_RMS,
+        )
+        steps = optax.partition({"muon": muon, "adamw": steps}, _optimizer_names)
+    return steps if not max_grad_norm else optax.chain(optax.clip_by_global_norm(max_grad_norm), steps)
 
 
 def _decays(trainable: Variables) -> Any:
@@ -111,6 +133,15 @@ def _decays(trainable: Variables) -> Any:
         return not is_vector and leaf.ndim > 1 and path[-2].key != "embed_positions"
 
     return jax.tree_util.tree_map_with_path(decays, trainable)
+
+
+def _optimizer_names(trainable: Variables) -> Any:
+    """For optim="muon", of each leaf which of the two takes it."""
+
+    def name(path: tuple[Any, ...], decays: bool) -> str:
+        return "muon" if decays and any("layers" in key.key for key in path) else "adamw"
+
+    return jax.tree_util.tree_map_with_path(name, _decays(trainable))
 
 
 def make_train_step(

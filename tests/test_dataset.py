@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -47,7 +48,22 @@ def test_what_is_learned(tokenizer, rng: np.random.Generator, monkeypatch: pytes
         assert tokenizer.decode(learned) == "".join(f"{answer}<|im_end|>" for answer in answers)
 
 
-@pytest.mark.parametrize("bad", ['{"messages": []}', '{"messages": [{"role": "user"}]}', "[]", "{"])
+def test_tools_are_in_the_prompt(tokenizer):
+    able = copy.deepcopy(tokenizer)
+    able.chat_template = "{% if tools %}{{ tools[0].name }} {% endif %}" + tokenizer.chat_template
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    ((ids, labels),) = read_examples([json.dumps({"messages": messages, "tools": [{"name": "xyz"}]})], able)
+    assert able.decode(ids) == "xyz " + tokenizer.apply_chat_template(messages, tokenize=False)
+    assert able.decode([label for label in labels if label != IGNORE_INDEX]) == "cd<|im_end|>"
+    able.chat_template = "{{ messages[0].content + nothing }}"
+    with pytest.raises(ValueError, match=r"^line 1: 'nothing' is undefined"):
+        list(read_examples([json.dumps({"messages": messages})], able))
+
+
+UNASKED = json.dumps({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]})
+
+
+@pytest.mark.parametrize("bad", ['{"messages": []}', '{"messages": [{"role": "user"}]}', UNASKED, "[]", "{"])
 def test_a_bad_line_is_named(tokenizer, bad: str):
     with pytest.raises(ValueError, match=r"^line 3: "):
         list(read_examples(['{"text": "a"}', "", bad], tokenizer))

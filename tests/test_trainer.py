@@ -8,10 +8,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from flaxqwen import LoraConfig, Model
+from flaxqwen import AutoModelForCausalLM, LoraConfig, Model
 from flaxqwen.cli.train import parse_lora
 from flaxqwen.dataset import Batches
 from flaxqwen.generation.config import GenerationConfig
@@ -86,11 +87,12 @@ def test_adapters_train_as_in_peft(kind: str, rng: np.random.Generator, tmp_path
     assert np.abs(before - want.numpy()).max() > 1e-2 * np.abs(before).max()
 
 
-def test_a_stopped_run_resumes_bit_for_bit(rng: np.random.Generator, tmp_path: Path):
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_stopped_run_resumes_bit_for_bit(optim: Any, rng: np.random.Generator, tmp_path: Path):
     """SIGTERM saves and stops; the run that goes on has the adapter and the losses of one that was never stopped."""
-    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, int(rng.integers(1000)))
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, int(rng.integers(1000)), num_hidden_layers=1)
     base = Model(module, params, module.config, GenerationConfig())
-    rows, options = make_rows(rng), TrainingOptions(lora=KINDS["plain"], **OPTIONS)
+    rows, options = make_rows(rng), TrainingOptions(lora=KINDS["plain"], optim=optim, **OPTIONS)
     stop = int(rng.integers(2, STEPS - 1))
     whole, _ = train(base, rows, tmp_path / "whole", options)
 
@@ -105,6 +107,8 @@ def test_a_stopped_run_resumes_bit_for_bit(rng: np.random.Generator, tmp_path: P
     other = TrainingOptions(lora=KINDS["dora"], **OPTIONS)
     with pytest.raises(ValueError, match="other options"):
         train(base, rows, tmp_path / "stopped", other, resume=True)
+    with pytest.raises(ValueError, match="other options or data"):
+        train(base, make_rows(rng), tmp_path / "stopped", options, resume=True)
     resumed, taken = train(base, rows, tmp_path / "stopped", options, resume=True)
     assert taken == STEPS
     mine, want = resumed.get_adapter_state_dict(), whole.get_adapter_state_dict()
@@ -112,6 +116,40 @@ def test_a_stopped_run_resumes_bit_for_bit(rng: np.random.Generator, tmp_path: P
     for name in want:
         assert np.asarray(mine[name]).tobytes() == np.asarray(want[name]).tobytes(), name
     assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "whole")
+
+
+def test_evaluations_are_logged(rng: np.random.Generator, tmp_path: Path):
+    """At their own steps, of all rows, the last batch not full; of all parameters, kept in float32."""
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    model = Model(module, params, module.config, GenerationConfig())
+    rows, held_out = make_rows(rng), make_rows(rng)
+    changes: dict[str, Any] = {"steps": 7, "log_every": 4, "eval_every": 3}
+    trained, _ = train(model, rows, tmp_path, TrainingOptions(**(OPTIONS | changes)), held_out=held_out)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {np.dtype("float32")}
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [3, 4, 6, 7]
+    assert ["eval_loss" in record for record in records] == [True, False, True, True]
+    loss = loss_on(trained, held_out)
+    assert records[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert records[-1]["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
+
+
+def test_models_that_cannot_be_trained_whole(rng: np.random.Generator, tmp_path: Path):
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
+    model = Model(module, params, module.config, GenerationConfig())
+    with pytest.raises(ValueError, match="the model has adapters"):
+        train(model.add_adapter(KINDS["plain"]), make_rows(rng), tmp_path, TrainingOptions(**OPTIONS))
+    model.save_pretrained(tmp_path / "plain")
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantize="int8")
+    with pytest.raises(ValueError, match="integer weights are not trained"):
+        train(quantized, make_rows(rng), tmp_path / "run", TrainingOptions(**OPTIONS))
+
+
+@pytest.mark.parametrize(("name", "value"), [("learning_rate", 0.0), ("epochs", 0), ("beta1", 1.0), ("beta2", -0.1)])
+def test_options_that_would_train_nothing(name: str, value: Any):
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+        TrainingOptions(**{name: value})
 
 
 def test_fields_of_lora():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Any
@@ -45,6 +46,11 @@ def leaf(tree: Any, name: str) -> Any:
     for key in to_path(name):
         tree = tree[key]
     return tree
+
+
+def reach(tree: Any, path: tuple[Any, ...]) -> Any:
+    """The leaf of a tree by the path that jax gives it."""
+    return functools.reduce(lambda part, key: part[key.key], path, tree)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -198,12 +204,44 @@ def test_norms_and_biases_do_not_decay(tied_model):
     """Of plain layers and of stacked ones, whose norms are matrices to look at."""
     _, params = tied_model
     for tree in (params, stack_layers(params)):
-        optimizer = make_optimizer(1.0, weight_decay=0.5, max_grad_norm=None)
+        optimizer = make_optimizer(1.0, weight_decay=0.5, max_grad_norm=0)
         updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, tree), optimizer.init(tree), tree)
         for path, update in jax.tree.leaves_with_path(updates):
             name = jax.tree_util.keystr(path)
             decays = "norm" not in name and "bias" not in name
             assert bool(jnp.any(update != 0)) == decays, name
+
+
+def test_muon_steps_along_the_factors_of_its_matrices(tied_model, rng: np.random.Generator):
+    """From the singular values, in float64: the polynomial of each, five times. AdamW takes the rest, bit for bit."""
+    _, params = tied_model
+    settings: dict[str, Any] = {"weight_decay": 0.5, "max_grad_norm": 0}
+    rate = 0.1
+    gradients = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), params)
+    muon, adamw = (make_optimizer(rate, optim=optim, **settings) for optim in ("muon", "adamw"))
+    updates, others = (o.update(gradients, o.init(params), params)[0] for o in (muon, adamw))
+    matrices = 0
+    for path, update in jax.tree.leaves_with_path(updates):
+        weight, gradient, other = (reach(tree, path) for tree in (params, gradients, others))
+        if not any("layers_" in key.key for key in path) or update.ndim < 2:
+            assert (np.asarray(update) == other).all(), path
+            continue
+        matrices += 1
+        left, s, right = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
+        s /= np.linalg.norm(s)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        step = 0.2 * max(update.shape) ** 0.5 * (left * s) @ right
+        close(update, -rate * (step + 0.5 * np.asarray(weight, np.float64)), 1e-4)
+    assert matrices == 7 * sum(name.startswith("layers_") for name in params["model"])
+    stacked, gradients = stack_layers(params), stack_layers(gradients)
+    update = muon.update(gradients, muon.init(stacked), stacked)[0]
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), unstack_layers(update), updates)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="optim is 'sgd'; expected one of adamw, muon"):
+        make_optimizer(0.1, optim="sgd")  # type: ignore[arg-type]
 
 
 def test_evaluation_is_the_mean_loss(tied_model, rng: np.random.Generator):

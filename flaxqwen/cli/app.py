@@ -419,9 +419,14 @@ def _train(
     learning_rate: Annotated[float, typer.Option(metavar="LR", min=0, help="The highest.")] = 1e-5,
     final_learning_rate: Annotated[float, typer.Option(metavar="LR", min=0, help="Where its cosine ends.")] = 0.0,
     warmup_steps: Annotated[int, typer.Option(metavar="N", min=0, help="Until the highest.")] = 0,
+    optim: Annotated[
+        Literal["adamw", "muon"], typer.Option(help="muon: of the matrices of layers; adamw takes the rest.")
+    ] = "adamw",
     weight_decay: Annotated[float, typer.Option(metavar="W", min=0, help="Of matrices.")] = 0.0,
     beta2: Annotated[float, typer.Option(metavar="B", min=0, max=1, help="Of AdamW.")] = 0.999,
-    max_grad_norm: Annotated[float, typer.Option(metavar="G", min=0, help="Clip gradients to this norm.")] = 1.0,
+    max_grad_norm: Annotated[
+        float, typer.Option(metavar="G", min=0, help="Clip gradients to this norm; 0: do not.")
+    ] = 1.0,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         typer.Option(help="Of the arithmetic; weights are kept in float32. auto: as the model's config says."),
@@ -429,7 +434,7 @@ def _train(
     remat: Annotated[
         Literal["none", "dots", "full"], typer.Option(help="What the backward pass computes again, to save memory.")
     ] = "none",
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the order of the data.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the order of the data, and of an adapter.")] = 0,
     save_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between checkpoints.")] = 500,
     eval_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between evaluations.")] = 500,
     log_every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between lines of metrics.jsonl.")] = 10,
@@ -459,6 +464,7 @@ def _train(
         "learning_rate": learning_rate,
         "final_learning_rate": final_learning_rate,
         "warmup_steps": warmup_steps,
+        "optim": optim,
         "weight_decay": weight_decay,
         "beta2": beta2,
         "max_grad_norm": max_grad_norm,

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from flaxqwen.auto import AutoModelForCausalLM, parse_dtype
 from flaxqwen.cli.text import load_tokenizer, need_tokenizer
-from flaxqwen.config import config_from_file
+from flaxqwen.config import Qwen2Config, config_from_file
+from flaxqwen.convert.save import refuse_others
 from flaxqwen.dataset import pack, read_examples
 from flaxqwen.distributed import is_main
 from flaxqwen.hub import resolve_folder
@@ -51,10 +52,18 @@ def train_model(
       options: of TrainingOptions; a dtype of "auto" is that of the model's config.
 
     Raises:
-      ValueError: data that is no chat or text, or a model without tokenizer.
+      ImportError: matplotlib is not installed, and plot is asked for.
+      ValueError: data that is no chat or text; a model without tokenizer; one that is quantized, or is in `out`,
+        where all parameters are trained.
+      FileExistsError: `out` holds weights of another format.
     """
+    if plot:
+        import_figure()  # what is missing is said before a run of hours
     folder = resolve_folder(name)
     config = AutoModelForCausalLM.module_of(config_from_file(folder)).config
+    to: Any = "pytorch" if jax.process_count() == 1 else "orbax"
+    if lora is None:
+        _check_whole(folder, config, out, to)
     tokenizer = need_tokenizer(load_tokenizer(folder), folder)
     own_dtype = parse_dtype(config.dtype) or jnp.float32
     dtype = jnp.dtype(parse_dtype(options.pop("dtype")) or own_dtype).name
@@ -67,25 +76,38 @@ def train_model(
     chosen = TrainingOptions(dtype=dtype, lora=adapter, **options)
     with _progress() as report:
         trained, taken = train(model, rows, out, chosen, held_out=held_out, resume=resume, report=report)
-    if plot and is_main():
-        plot_loss(out / "metrics.jsonl", out / "loss.png")
     steps = chosen.steps_for(len(rows["input_ids"]))
     if taken < steps:
         if is_main():
+            if plot:
+                plot_loss(out)
             print(f"{out}: stopped after {taken} of {steps} steps; --resume goes on", file=sys.stderr)
         return
     if adapter is not None:
         trained.save_adapter(out)
     else:
         params = jax.tree.map(lambda leaf: leaf.astype(own_dtype), trained.params)
-        to: Any = "pytorch" if jax.process_count() == 1 else "orbax"
         dataclasses.replace(trained, params=params).save_pretrained(out, to=to)
     if not is_main():
         return
     for file in TOKENIZER_FILES if adapter is None else ():
         if (folder / file).is_file():
             shutil.copyfile(folder / file, out / file)
+    if plot:
+        plot_loss(out)
     print(out)
+
+
+def _check_whole(folder: Path, config: Qwen2Config, out: Path, to: Any) -> None:
+    """Refuse what could not be trained whole, or not be saved at the end."""
+    if config.quantization_config is not None:
+        raise ValueError(
+            f"{folder}: integer weights are not trained: train an adapter beside them (--lora), or bring them back by "
+            "`flaxqwen convert SRC DST --dtype bfloat16`"
+        )
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"--out {out} is the model itself, which would be lost; give another folder")
+    refuse_others(out, to)
 
 
 def parse_lora(text: str, base: str) -> LoraConfig:
@@ -188,22 +210,26 @@ def _describe(record: Record, steps: int) -> str:
     return f"step {record['step']:,}/{steps:,}: loss {record['loss']:.4f}{held_out}, {rate}"
 
 
-def plot_loss(metrics: Path, path: Path) -> None:
-    """The losses of a run by step, as a PNG.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-    """
+def import_figure() -> Any:
+    """matplotlib's Figure; ImportError that says how to get it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("--plot needs matplotlib: pip install 'flaxqwen[plot]'") from error
+    return Figure
+
+
+def plot_loss(out: Path) -> None:
+    """The losses of a run by step, where it has logged any, as out/loss.png."""
+    metrics = out / "metrics.jsonl"
+    if not metrics.is_file():
+        return
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = import_figure()(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     for key, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(out / "loss.png", dpi=150)

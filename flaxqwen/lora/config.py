@@ -96,7 +96,6 @@ class LoraConfig:
         names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
         other = {name: value for name, value in values.items() if name not in names and name not in NOTES}
         refused = {name: value for name, value in other.items() if value not in (None, False, [], {}, "", ())}
-        refused.pop("megatron_core", None)
         if refused:
             listed = ", ".join(f"{name}={value!r}" for name, value in sorted(refused.items()))
             raise ValueError(f"the adapter's config asks for {listed}, which is not supported")

@@ -131,14 +131,19 @@ def init_adapter(module: nn.Module, params: Tree, config: LoraConfig, seed: int 
         if kind is None:
             leaves[path] = stored_parameter(sharding, path, base_leaf(params, path))
         elif kind == "lora_magnitude_vector":
-            leaves[path] = jnp.linalg.norm(dense_weight(params, path[:-1], sharding), axis=1)
+            weight = dense_weight(params, path[:-1], sharding)
+            if config.init_lora_weights is False:  # else B is zero
+                A, B = (leaves[*path[:-1], part, "weight"] for part in ("lora_A", "lora_B"))
+                weight += config.scaling(to_name(path[:-1])) * (B @ A)
+            leaves[path] = jnp.linalg.norm(weight, axis=1)
         else:
-            leaves[path] = _draw(own_key, kind, path[-1], shape, config)
+            width = shape[-1] if path[-1] != "bias" else needed[*path[:-1], "weight"][-1]
+            leaves[path] = _draw(own_key, kind, width, shape, config)
     return flax.traverse_util.unflatten_dict(place(sharding, leaves))
 
 
-def _draw(key: jax.Array, kind: str, leaf: str, shape: tuple[int, ...], config: LoraConfig) -> jax.Array:
-    """Source: LoraLayer.reset_lora_parameters in peft/tuners/lora/layer.py."""
+def _draw(key: jax.Array, kind: str, width: int, shape: tuple[int, ...], config: LoraConfig) -> jax.Array:
+    """Of a layer that takes `width` values. Source: LoraLayer.reset_lora_parameters in peft/tuners/lora/layer.py."""
     init = config.init_lora_weights
     if kind == "lora_embedding_B" or (kind == "lora_embedding_A" and init is False):
         return jax.random.normal(key, shape)
@@ -146,7 +151,7 @@ def _draw(key: jax.Array, kind: str, leaf: str, shape: tuple[int, ...], config: 
         return jnp.zeros(shape)
     if init == "gaussian":
         return jax.random.normal(key, shape) / shape[0]
-    bound = 1 / math.sqrt(shape[-1] if leaf == "weight" else config.r)  # Kaiming's uniform of torch.nn.Linear
+    bound = 1 / math.sqrt(width)  # Kaiming's uniform of torch.nn.Linear
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 

@@ -187,6 +187,8 @@ def test_several_active_adapters_add_up(untied, tmp_path, rng):
     assert ours.delete_adapter("b").active_adapters() == ["a"]
     assert ours.delete_adapter(["a", "b"]).variables == {"params": model.params}
     assert all(x is y for x, y in zip(*map(jax.tree.leaves, (ours.params, model.params)), strict=True))
+    merged = ours.delete_adapter("b").merge_adapter().delete_adapter("a")  # with the last one merging is over
+    close(merged.load_adapter(tmp_path / "a")(ids).logits, ours.delete_adapter("b")(ids).logits)
 
 
 def test_new_adapters_are_peft_s(untied, tmp_path):
@@ -210,6 +212,12 @@ def test_new_adapters_are_peft_s(untied, tmp_path):
             assert abs(np.abs(got).max() / np.abs(want).max() - 1) < (0.05 if name.endswith("weight") else 0.5), name
     other = model.add_adapter(config, seed=1).get_adapter_state_dict()
     assert any((other[name] != mine[name]).any() for name in mine)
+    config = {"r": 8, "target_modules": ["q_proj"], "use_dora": True, "init_lora_weights": False}
+    drawn = model.add_adapter(peft.LoraConfig(**config)).get_adapter_state_dict()
+    layer = "model.layers.1.self_attn.q_proj"
+    A, B = (np.asarray(drawn[f"{layer}.lora_{part}.weight"]) for part in "AB")
+    whole = np.asarray(model.params["model"]["layers_1"]["self_attn"]["q_proj"]["weight"]) + B @ A
+    close(drawn[f"{layer}.lora_magnitude_vector"], np.linalg.norm(whole, axis=1))  # as in peft's DoraLinearLayer
 
 
 def test_gradients_are_peft_s(untied, tmp_path, rng):
@@ -280,6 +288,16 @@ def test_an_adapter_for_each_row(untied, tmp_path, rng):
         swapped.delete_adapter("a").load_adapter(tmp_path / "c", "a").generate(ids, adapter_names=["a"] * 4, **options)
         swapped.set_adapter("b")
     assert not compiled
+
+
+def test_rows_with_an_adapter_of_a_tied_head(tied, rng):
+    _, model = tied
+    ids = random_ids(rng, (2, 9), 97)
+    config = {"r": 4, "target_modules": ["lm_head", "q_proj"], "init_lora_weights": False}
+    adapted = model.add_adapter(config, "a")
+    rows, want, plain = adapted(ids, adapter_names=["a", "__base__"]).logits, adapted(ids).logits, model(ids).logits
+    assert np.abs(want - plain).max() > 0.1 * np.abs(plain).max()
+    close(rows, np.stack([want[0], plain[1]]))
 
 
 def test_generation_with_one_adapter(untied, tmp_path, rng):
