@@ -120,6 +120,7 @@ class Staging:
             return
         for top in set(map(_top, (*self._written, *self._finished))):
             _remove(self._temporary(top))
+        _remove(self._temporary("new-journal"))  # of a disk that was full just then
         # Where a killed process has begun to put files in their places, they are told by the journal alone.
         if not any((self.folder / name).exists() for name in self._finished):
             (self.folder / JOURNAL).unlink(missing_ok=True)

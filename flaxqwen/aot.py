@@ -145,9 +145,10 @@ def plan(config: Qwen2Config | Qwen2AudioConfig, chip: Chip, mesh: Mesh, batch: 
     """What is to be compiled: the language model of a config, in its dtype.
 
     Raises:
-      ValueError: a context beyond the model's.
+      ValueError: a context beyond the model's; a quantized model.
     """
     text = config.get_text_config()
+    refuse_quantized(config)
     if context > text.context_length:
         raise ValueError(f"context is {context}; the model's is {text.context_length}")
     dtype = parse_dtype(config.dtype) or np.dtype("float32")
@@ -155,6 +156,12 @@ def plan(config: Qwen2Config | Qwen2AudioConfig, chip: Chip, mesh: Mesh, batch: 
     sharding = module_sharding(module)
     assert sharding is not None
     return Plan(module, chip, batch, context, sharding)
+
+
+def refuse_quantized(config: Qwen2Config | Qwen2AudioConfig) -> None:
+    """ValueError: compiled as if its weights were plain ones, the figures would be wrong."""
+    if config.quantization_config is not None:
+        raise ValueError("compile is of plain weights: remove quantization_config from config.json to see theirs")
 
 
 def compile_decode(made: Plan) -> Program:

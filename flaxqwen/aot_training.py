@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxqwen.aot import Chip, bytes_of
+from flaxqwen.aot import Chip, bytes_of, refuse_quantized
 from flaxqwen.auto import AutoModelForCausalLM, parse_dtype
 from flaxqwen.config import Qwen2Config
 from flaxqwen.lora import LoraConfig, init_adapter
@@ -53,8 +53,9 @@ def compile_training(
     dtype. Parameters are cut as everywhere (see flaxqwen.sharding), adapters are whole on every chip.
 
     Raises:
-      ValueError: as make_train_step and make_optimizer.
+      ValueError: as make_train_step and make_optimizer; a quantized model.
     """
+    refuse_quantized(config)
     dtype = parse_dtype(config.dtype) or np.dtype("float32")
     base = AutoModelForCausalLM.module_of(config, np.dtype("float32") if lora is None else dtype, mesh)
     sharding = module_sharding(base)

@@ -113,7 +113,7 @@ class _AutoModel:
         attention_implementation: AttentionNames = None,
         **overrides: Any,
     ) -> Model:
-        """Load a model in PyTorch's, Flax's or orbax's format, found by looking.
+        """Load a model in PyTorch's, Flax's or orbax's format, found by looking; orbax's in the class that it is of.
 
         Args:
           pretrained_model_name_or_path: a folder, or a hub id; of an adapter alone, the base that it names is loaded,
@@ -334,7 +334,6 @@ def draw_params(
     module.init draws alike, but in one program, which takes 20 s to compile at 24 layers; here each shape has one.
     """
     key = jax.random.key(seed)
-    stddev = getattr(config, "initializer_range", 0) or 0.02
     leaves: dict[ParamPath, jax.Array] = {}
     for path, shape in shapes.items():
         owner, leaf = path[-2:]
@@ -344,7 +343,9 @@ def draw_params(
         elif owner.endswith("norm"):
             leaves[path] = jnp.ones(shape, dtype, device=device)
         else:
-            zero_row = getattr(config, "pad_token_id", None) if owner == "embed_tokens" else None
+            own: Any = config.audio_config if TOWER in path else config.get_text_config()
+            stddev = own.initializer_range or 0.02
+            zero_row = own.pad_token_id if owner == "embed_tokens" else None
             own_key = jax.random.fold_in(key, zlib.crc32(to_name(path).encode()))
             end = path[-2:] if TOWER not in path else (TOWER, *path[-2:])  # one program for all layers
             place = None if sharding is None else (end, sharding)

@@ -304,9 +304,14 @@ class Qwen2Config(PretrainedConfig):
     def context_length(self) -> int:
         """The longest context, in tokens, that our attention is right for.
 
-        max_position_embeddings, or less where dual chunk attention, which is not supported, takes over (Qwen2.5-1M).
+        max_position_embeddings, or more where the rope is scaled to it (YaRN as in Qwen2.5's model cards), or less
+        where dual chunk attention, which is not supported, takes over (Qwen2.5-1M).
         """
-        return min(self.max_position_embeddings, self._dual_chunk_length() or self.max_position_embeddings)
+        length, rope = self.max_position_embeddings, self.rope_parameters
+        if rope.factor is not None and rope.rope_type in ("linear", "dynamic", "yarn"):
+            trained = (rope.rope_type == "yarn" and rope.original_max_position_embeddings) or length
+            length = max(length, int(rope.factor * trained))
+        return min(length, self._dual_chunk_length() or length)
 
     @property
     def head_dropout(self) -> float:

@@ -37,7 +37,7 @@ from flaxqwen.generation.streamers import Stream
 from flaxqwen.generation.warmup import warmup
 from flaxqwen.models.audio_inputs import check_audio_tokens
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
-from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration
+from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration, Qwen2AudioModel
 from flaxqwen.native import save_native
 from flaxqwen.sharding import module_sharding
 
@@ -106,7 +106,8 @@ class Model(AdapterMethods):
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         arrays, static = _split(inputs)
         _check_tokens(arrays, self.config)
-        return _forward(self.module, self.variables, _fit(arrays), tuple(sorted(static.items())))
+        output = _forward(self.module, self.variables, _fit(arrays), tuple(sorted(static.items())))
+        return _with_mask(self.module, output, arrays.get("attention_mask"))
 
     def generate(self, inputs: Any = None, generation_config: Any = None, *arguments: Any, **options: Any) -> Any:
         """Continue prompts; see flaxqwen.generation.generate.
@@ -201,7 +202,7 @@ class Model(AdapterMethods):
         save_directory: str | os.PathLike[str],
         *,
         to: Literal["flax", "pytorch", "orbax"] = "flax",
-        max_shard_size: str | int = "5GB",
+        max_shard_size: str | int | None = None,
     ) -> None:
         """Write config.json, generation_config.json and the weights into a folder.
 
@@ -209,7 +210,7 @@ class Model(AdapterMethods):
           save_directory: made if need be; weights of the same framework in it are replaced.
           to: "flax" for flax_model.safetensors, "pytorch" for the model.safetensors that Transformers loads, "orbax"
             for a checkpoint of which each process writes its own shards.
-          max_shard_size: bytes of a file, as int or like "200MB".
+          max_shard_size: bytes of a file, as int or like "200MB"; default: 5GB. Not for orbax.
 
         Raises:
           FileExistsError: the folder holds weights of the other framework, which would be stale.
@@ -227,6 +228,8 @@ class Model(AdapterMethods):
                 "PyTorch's Transformers does not read our quantized weights: save them with to='flax', and bring them "
                 "back to floating point by `flaxqwen convert SRC DST --to pytorch --dtype bfloat16`"
             )
+        if to == "orbax" and max_shard_size is not None:
+            raise ValueError("max_shard_size is of files of safetensors; orbax cuts by the mesh")
         if to == "orbax" and self.config.quantization_config is not None:
             raise ValueError("orbax checkpoints are of plain weights: save quantized ones with to='flax'")
         config = dataclasses.replace(self.config, architectures=(type(self.module).__name__,), dtype=self.dtype.name)
@@ -237,7 +240,8 @@ class Model(AdapterMethods):
             raise ValueError(f"to={to!r} is written by one process; to='orbax' by several")
         else:
             params = self.params if sharding is None else sharding.undo_heads(self.params)
-            save_params(params, save_directory, to=to, max_shard_size=max_shard_size)
+            size = "5GB" if max_shard_size is None else max_shard_size
+            save_params(params, save_directory, to=to, max_shard_size=size)
         if not is_main():
             return
         config.save_pretrained(save_directory)
@@ -249,7 +253,7 @@ class Model(AdapterMethods):
         repo_id: str,
         *,
         to: Literal["flax", "pytorch"] = "flax",
-        max_shard_size: str | int = "5GB",
+        max_shard_size: str | int | None = None,
         commit_message: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
@@ -261,7 +265,12 @@ class Model(AdapterMethods):
 
         Returns:
           The commit's address.
+
+        Raises:
+          ValueError: as save_pretrained; orbax, of which a folder that is replaced cannot be told from others.
         """
+        if to not in REPLACED:
+            raise ValueError(f"to={to!r} is not one of {', '.join(REPLACED)}")
         import huggingface_hub  # 0.2 s, and few push
 
         api = huggingface_hub.HfApi(token=token)
@@ -284,7 +293,9 @@ class Model(AdapterMethods):
         return isinstance(self.module, Qwen2ForCausalLM | Qwen2AudioForConditionalGeneration)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many parameters there are (all are trainable); a tied head counts once, as in Transformers.
+        """How many parameters there are; a tied head counts once, as in Transformers.
+
+        All are trainable but the positions of Qwen2-Audio's encoder, which are among the embeddings as well.
 
         Of a quantized weight the values count, not the bytes, and no scales.
         """
@@ -292,6 +303,8 @@ class Model(AdapterMethods):
         for path, leaf in jax.tree.leaves_with_path(self.params):
             keys = tuple(key.key for key in path)
             if SCALE in keys or (exclude_embeddings and "embed_tokens" in keys):
+                continue
+            if (exclude_embeddings or only_trainable) and "embed_positions" in keys:
                 continue
             shape = leaf.shape if sharding is None else sharding.heads.stored_shape(keys, leaf.shape)
             total += math.prod(shape) * (2 if leaf.dtype == np.uint8 else 1)
@@ -319,6 +332,13 @@ class Model(AdapterMethods):
 @partial(jax.jit, static_argnames=("module", "static"))
 def _forward(module: nn.Module, variables: Params, arrays: dict[str, Any], static: tuple[tuple[str, Any], ...]) -> Any:
     return module.apply(variables, **arrays, **dict(static))
+
+
+def _with_mask(module: nn.Module, output: Any, mask: Any) -> Any:
+    """The output, where it holds the attention mask, with the caller's own: the module's is as wide as its cache."""
+    if mask is None or not isinstance(module, Qwen2AudioModel | Qwen2AudioForConditionalGeneration):
+        return output
+    return (*output[:-1], mask) if isinstance(output, tuple) else output.replace(attention_mask=mask)
 
 
 def _check_names(module: nn.Module, inputs: dict[str, Any]) -> None:

@@ -94,4 +94,7 @@ def _check(path: Path, found: Mapping[ParamPath, tuple[int, ...]], wanted: Mappi
         if name in found and found[name] != shape
     ]
     if problems:
-        raise CheckpointError(f"{path} does not fit the model: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{path} does not fit the model: {'; '.join(problems)}. Orbax checkpoints load into the class that they "
+            "are of: for another, `flaxqwen convert` it to safetensors"
+        )

@@ -6,9 +6,11 @@ import dataclasses
 import importlib.util
 import json
 
+import jax
 import pytest
 
-from flaxqwen import Qwen2AudioConfig, Qwen2Config, aot
+from flaxqwen import Qwen2AudioConfig, Qwen2Config, aot, make_mesh
+from flaxqwen.aot_training import compile_training
 from flaxqwen.cli import main
 from flaxqwen.config import config_from_file
 from flaxqwen.ops.dispatch import Attention
@@ -66,6 +68,17 @@ def test_scores_of_prefill_stay_on_the_chip(tensor):
     scores = 14 * 1024 * 8192 * 4 / tensor
     assert aot.compile_prefill(plain).temporaries >= scores
     assert aot.compile_prefill(made).temporaries <= scores / 8
+
+
+def test_a_quantized_model_is_refused():
+    """Compiled as if it was not, it would have other bytes."""
+    values = TINY | {"quantization_config": {"quant_method": "flaxqwen", "weights": "int8"}}
+    config = Qwen2Config.from_dict(values)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="compile is of plain weights"):
+        aot.plan(config, aot.CHIPS["v5e"], mesh, batch=1, context=64)
+    with pytest.raises(ValueError, match="compile is of plain weights"):
+        compile_training(config, aot.CHIPS["v5e"], mesh, rows=1, tokens=64)
 
 
 @needs_libtpu

@@ -119,6 +119,7 @@ def test_facts_of_real_configs(shared: Path) -> None:
     assert tiny.quantization_config is None
     yarn = read["Qwen2.5-Coder-32B-Instruct-yarn"].rope_parameters
     assert (yarn.rope_type, yarn.factor, yarn.rope_theta) == ("yarn", 4.0, 1e6)
+    assert read["Qwen2.5-Coder-32B-Instruct-yarn"].context_length == 131072
     audio = read["Qwen2-Audio-7B"]
     assert (audio.text_config.hidden_size, audio.text_config.num_key_value_heads) == (4096, 32)
     assert (audio.text_config.rms_norm_eps, audio.audio_config.encoder_layers) == (1e-5, 32)

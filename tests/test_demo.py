@@ -163,6 +163,22 @@ def test_an_adapter_is_trained_and_used(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out == "blue\n"
 
 
+def test_training_says_at_once_that_it_could_not_save(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text("")
+    assert main(["convert", "demo", "flax"]) == 0
+    assert main(["convert", "demo", "int8", "--quantize", "int8"]) == 0
+    assert main(["convert", "flax", "back", "--to", "pytorch"]) == 0
+    for model, out, message in (
+        ("back", "./back", "is the model itself"),
+        ("back", "flax", "holds flax_model.safetensors"),
+        ("int8", "tuned", "integer weights are not trained"),
+    ):
+        capsys.readouterr()
+        assert main(["train", model, "chats.jsonl", "--out", out, "--steps", "1"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_wheel_has_the_model(tmp_path):
     """Built from a copy of the source, without network."""
     pytest.importorskip("setuptools")

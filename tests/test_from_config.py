@@ -17,7 +17,7 @@ import pytest
 from scipy import stats
 
 import flaxqwen
-from flaxqwen import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
+from flaxqwen import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2AudioConfig, Qwen2Config
 from flaxqwen.auto import param_shapes
 from flaxqwen.convert import to_name, to_path
 from tests.conftest import find_shared
@@ -61,6 +61,20 @@ def test_random_weights_are_distributed_as_in_transformers():
     flat = {name: leaf.ravel()[:2048] for name, leaf in ours.items() if leaf.size > 4096}
     correlation = np.corrcoef(list(flat.values())) - np.eye(len(flat))
     assert np.abs(correlation).max() < 0.15  # every tensor is drawn apart
+
+
+def test_parts_of_audio_are_drawn_by_their_own_configs():
+    text = tiny(**SMALL, initializer_range=0.1)
+    audio = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "d_model": 64, "num_mel_bins": 8}
+    values = {"text_config": text, "audio_config": audio | {"initializer_range": 0.05, "max_source_positions": 40}}
+    ours = leaves_of(flaxqwen.AutoModelForSeq2SeqLM.from_config(Qwen2AudioConfig.from_dict(values)))
+    for name, leaf in ours.items():
+        if name.endswith("norm.weight") or leaf.ndim == 1:
+            continue
+        wanted = 0.05 if "audio_tower" in name else 0.1
+        assert stats.kstest(leaf[leaf != 0], "norm", (0, wanted)).pvalue > 1e-4, name
+        if "embed_tokens" in name:
+            assert not leaf[SMALL["pad_token_id"]].any()
 
 
 def test_random_weights_follow_the_seed():

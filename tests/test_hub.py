@@ -350,8 +350,9 @@ def test_push_to_hub_makes_the_branch(model: Model, api: list[FakeApi]):
 
 
 def test_push_to_hub_makes_nothing_of_what_cannot_be_saved(model: Model, api: list[FakeApi]):
-    with pytest.raises(ValueError, match="to='onnx' is not one of"):
-        model.push_to_hub("x", to="onnx")  # type: ignore[arg-type]
+    for to in ("onnx", "orbax"):
+        with pytest.raises(ValueError, match=f"to='{to}' is not one of pytorch, flax"):
+            model.push_to_hub("x", to=to)  # type: ignore[arg-type]
     assert not any(used.log for used in api)
 
 

@@ -363,6 +363,7 @@ def test_save_refuses_before_it_writes(model: Model, tmp_path: Path):
     for options, message in (
         ({"to": "tensorflow"}, "to='tensorflow' is not one of flax, pytorch"),
         ({"max_shard_size": "5 apples"}, "'5 apples' is not a size"),
+        ({"to": "orbax", "max_shard_size": "5GB"}, "orbax cuts by the mesh"),
     ):
         with pytest.raises(ValueError, match=message):
             model.save_pretrained(folder, **options)

@@ -71,7 +71,7 @@ class Qwen2ForSequenceClassification(nn.Module):
         result = SequenceClassifierOutputWithPast(
             loss, logits, output.past_key_values, output.hidden_states, output.attentions
         )
-        return result if return_dict is None or return_dict else result.to_tuple()
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def last_positions(self, input_ids: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
         """[B] int32: each row's last position that holds no padding, right- or left-padded."""
@@ -123,7 +123,7 @@ class Qwen2ForTokenClassification(nn.Module):
         logits = self.score(self.dropout(output.last_hidden_state, deterministic=deterministic))
         loss = None if labels is None else cross_entropy(logits, labels)
         result = TokenClassifierOutput(loss, logits, output.hidden_states, output.attentions)
-        return result if return_dict is None or return_dict else result.to_tuple()
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
 
 class Qwen2ForQuestionAnswering(nn.Module):
@@ -165,4 +165,4 @@ class Qwen2ForQuestionAnswering(nn.Module):
         if start_positions is not None and end_positions is not None:
             loss = question_answering_loss(start, end, start_positions, end_positions)
         result = QuestionAnsweringModelOutput(loss, start, end, output.hidden_states, output.attentions)
-        return result if return_dict is None or return_dict else result.to_tuple()
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()

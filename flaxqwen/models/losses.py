@@ -26,7 +26,12 @@ def cross_entropy(
       logits: [..., V].
       labels: [...] int; ignore_index marks what does not count.
       num_items: divides the sum in place of the count (gradient accumulation).
+
+    Raises:
+      ValueError: not one label for each of the logits' positions.
     """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels are {list(labels.shape)}; expected {list(logits.shape[:-1])}, one for each position")
     counted = labels != ignore_index
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(log_probs, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]

@@ -400,11 +400,16 @@ def take_audio(index: jax.Array, audio_features: jax.Array, embeds: jax.Array) -
     return jnp.where(index[..., None] >= 0, audio.astype(embeds.dtype), embeds)
 
 
-def visible_labels(labels: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
-    """labels [..., T], but -100 where a mask of as many axes, [..., M], hides the token, as in Transformers."""
+def visible_labels(labels: jax.Array, attention_mask: jax.Array | None, cache: KVCache | None = None) -> jax.Array:
+    """labels [..., T], but -100 where a mask of as many axes, [..., M], hides the token, as in Transformers.
+
+    cache: of the tokens before them, which the mask is of as well; it may be as wide as the cache's capacity.
+    """
     if attention_mask is None or attention_mask.ndim != labels.ndim:
         return labels
-    return jnp.where(attention_mask[..., -labels.shape[-1] :] != 0, labels, IGNORE_INDEX)
+    seen = jnp.zeros((), jnp.int32) if cache is None else jnp.asarray(cache.length)
+    columns = jnp.broadcast_to(seen[..., None] + jnp.arange(labels.shape[-1]), labels.shape)
+    return jnp.where(jnp.take_along_axis(attention_mask, columns, axis=-1) != 0, labels, IGNORE_INDEX)
 
 
 class Qwen2AudioForConditionalGeneration(nn.Module):
@@ -454,7 +459,7 @@ class Qwen2AudioForConditionalGeneration(nn.Module):
         logits = self.lm_head(keep_positions(output.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = causal_lm_loss(logits, visible_labels(labels, attention_mask))
+            loss = causal_lm_loss(logits, visible_labels(labels, attention_mask, past_key_values))
         result = Qwen2AudioCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -121,6 +122,19 @@ def test_other_work_begins_anew(tmp_path: Path, src: Path, change: str):
     convert(src, dst, **options)
     assert_same(read_all(dst), {name: tensor.astype(options["dtype"]) for name, tensor in tensors.items()})
     assert not [name for name in contents(dst) if name.startswith(".")]
+
+
+def test_a_disk_that_is_full_for_the_journal(tmp_path: Path, src: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is left of a new folder, and the error is the disk's."""
+
+    def full(path: Path, text: str, **_: object) -> None:
+        path.write_bytes(text[:5].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        convert(src, tmp_path / "dst", **OPTIONS)
+    assert not (tmp_path / "dst").exists()
 
 
 def test_a_folder_is_that_of_one_conversion(tmp_path: Path, src: Path):

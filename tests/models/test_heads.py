@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,18 @@ def test_token_classification(rng):
     got = module.apply({"params": params}, ids, mask, labels=labels)
     close(got.logits, want.logits, where=mask.astype(bool))
     same(got.loss, want.loss)
+
+
+@pytest.mark.parametrize(
+    "head", [Qwen2ForSequenceClassification, Qwen2ForTokenClassification, Qwen2ForQuestionAnswering]
+)
+def test_return_dict_of_the_config(head, rng):
+    _, module, params = pair(head.__name__, head)
+    plain = module.clone(config=dataclasses.replace(module.config, return_dict=False))
+    ids = random_ids(rng, (1, 6))
+    whole, parts = (jax.jit(m.apply)({"params": params}, ids) for m in (module, plain))
+    assert isinstance(parts, tuple)
+    assert np.array_equal(parts[0], whole.to_tuple()[0])
 
 
 def test_token_classification_drops_out_when_training(rng):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxqwen.models.losses import IGNORE_INDEX, chunked_cross_entropy
+from flaxqwen.models.losses import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
 from tests.reference import close, torch
 
 CHUNKS, TOKENS, D, V = 3, 7, 16, 53
@@ -60,6 +60,14 @@ def test_logits_are_computed_once_and_frozen_weights_have_no_gradient(inputs):
 
     assert products(1) == 2
     assert products((0, 1)) == 3
+
+
+def test_labels_of_other_positions_are_refused(inputs):
+    """Those of one position, or of one row, would go with every other one."""
+    logits, labels = jnp.zeros((2, 4, V)), jnp.zeros((2, 4), jnp.int32)
+    for one, other in ((logits[:, :1], labels), (logits, labels[:1])):
+        with pytest.raises(ValueError, match=r"labels are \[\d, 4\]; expected \[2, \d\], one for each position"):
+            cross_entropy(one, other)
 
 
 def test_integers_are_frozen(inputs):

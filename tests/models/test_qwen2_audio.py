@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 from flaxqwen.cache import grow_cache
 from flaxqwen.config import Qwen2AudioConfig
 from flaxqwen.convert import to_path
+from flaxqwen.generation.config import GenerationConfig
+from flaxqwen.model import Model
 from flaxqwen.models.audio_inputs import check_audio_tokens, expand_audio_tokens, tokens_of
 from flaxqwen.models.qwen2_audio import Qwen2AudioEncoder, Qwen2AudioForConditionalGeneration, Qwen2AudioModel
 from tests.reference import close, params_of, random_ids, th, tiny, torch
@@ -215,6 +217,31 @@ def test_steps_with_a_cache(models, rng):
         position_ids=whole["position_ids"][:, -1:], past_key_values=cache,
     )  # fmt: skip
     close(step.logits, wanted)
+
+
+def test_the_mask_that_is_given_comes_back(models, rng):
+    """By the model's call, whose cache is wider; and labels after a cache are hidden by their own part of it."""
+    _, module, params = models
+    model = Model(module, params, module.config, GenerationConfig())
+    inputs = expanded(older_prompt(rng, CLIPS[2], "left"))
+    first = model(**inputs, return_dict=False)
+    assert np.array_equal(first[-1], inputs["attention_mask"])
+    ids, labels = (random_ids(rng, (len(CLIPS[2]), 3), AUDIO) for _ in range(2))
+    mask = np.pad(inputs["attention_mask"], ((0, 0), (0, 3)), constant_values=1)
+    mask[0, -1] = mask[2, -2] = 0
+    output = model(ids, attention_mask=mask, past_key_values=model(**inputs).past_key_values, labels=labels)
+    assert np.array_equal(output.attention_mask, mask)
+    log_probs = np.asarray(jax.nn.log_softmax(output.logits[:, :-1]), np.float64)
+    picked = np.take_along_axis(log_probs, labels[:, 1:, None], axis=-1)[..., 0]
+    assert abs(float(output.loss) + picked[mask[:, -2:] != 0].mean()) <= 1e-5 * abs(float(output.loss))
+
+
+def test_counts_are_transformers(models):
+    theirs, module, params = models
+    model = Model(module, params, module.config, GenerationConfig())
+    for exclude in (False, True):
+        for trainable in (False, True):
+            assert model.num_parameters(trainable, exclude) == theirs.num_parameters(trainable, exclude)
 
 
 def test_real_inputs(shared):
