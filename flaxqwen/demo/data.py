@@ -1,6 +1,6 @@
 """`python -m flaxqwen.demo.data FOLDER`: the demo model's training and held-out questions, tokenizer and config.
 
-FOLDER/train.jsonl, finish.jsonl and held_out.jsonl hold chats; FOLDER/start and FOLDER/start-draft are checkpoints with
+FOLDER/train.jsonl and held_out.jsonl hold chats; FOLDER/start and FOLDER/start-draft are checkpoints with
 random weights, with which `flaxqwen train` begins: see train.sh.
 """
 
@@ -114,13 +114,11 @@ def write_chats(path: Path, drawn: Sequence[Question], rng: random.Random) -> No
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def main(folder: Path, total: int = 1_400_000) -> None:
-    """Write all of it: 1,400,000 questions to train on and 500,000 to finish with, and 1,000 that are held out."""
+def main(folder: Path, total: int = 850_000) -> None:
+    """Write all of it: 850,000 questions to train on, and 1,000 that are held out."""
     write_start(folder / "start", start_config(layers=4, hidden=192, feed_forward=576))
     write_start(folder / "start-draft", start_config(layers=1, hidden=64, feed_forward=192))
     write_chats(folder / "train.jsonl", questions(seed=0, total=total, held_out=False), random.Random(0))
-    finish = questions(seed=2, total=500_000, held_out=False, finishing=True)
-    write_chats(folder / "finish.jsonl", finish, random.Random(2))
     write_chats(folder / "held_out.jsonl", questions(seed=1, total=1000, held_out=True), random.Random(1))
 
 

@@ -200,24 +200,17 @@ def compare(rng: random.Random) -> Question:
 
 # How often each is asked in training; the harder, the more often.
 TRAINING: dict[Callable[[random.Random], Question], int] = {
-    add: 16, subtract: 28, multiply: 12, long_multiply: 20, reverse: 4, sort: 6, count: 7, upper: 2, nth: 3, compare: 4,
-}  # fmt: skip
-# In a short second round, the skills that the first leaves weakest.
-FINISHING: dict[Callable[[random.Random], Question], int] = {
-    add: 10, subtract: 10, multiply: 4, long_multiply: 2, reverse: 4, sort: 6, count: 32, upper: 2, nth: 15,
-    compare: 15,
+    add: 14, subtract: 23, multiply: 10, long_multiply: 15, reverse: 4, sort: 6, count: 14, upper: 2, nth: 6,
+    compare: 7,
 }  # fmt: skip
 # Of the held-out questions, each skill is as many.
 EVALUATION = dict.fromkeys((add, subtract, multiply, reverse, sort, count, upper, nth, compare), 1)
 
 
-def questions(seed: int, total: int, held_out: bool, finishing: bool = False) -> list[Question]:
-    """`total` questions: of those that are held out, each skill as often, or of the others, as TRAINING says.
-
-    finishing: as FINISHING says instead.
-    """
+def questions(seed: int, total: int, held_out: bool) -> list[Question]:
+    """`total` questions: of those that are held out, each skill as often, or of the others, as TRAINING says."""
     rng = random.Random(seed)
-    skills = EVALUATION if held_out else FINISHING if finishing else TRAINING
+    skills = EVALUATION if held_out else TRAINING
     makers, weights = list(skills), list(skills.values())
     drawn: list[Question] = []
     while len(drawn) < total:

@@ -3,7 +3,6 @@
 set -euo pipefail
 python -m flaxqwen.demo.data "$1"
 cd "$1"
-train() { flaxqwen train "$@" --eval held_out.jsonl --length 128 --batch-size 32 --warmup-steps 100 --weight-decay 0.1 --beta2 0.98 --log-every 50 --seed 0; }
-train start train.jsonl --out first --steps 8500 --learning-rate 1.2e-3 --save-every 500 --eval-every 1000 --plot
-train first finish.jsonl --out model --steps 3000 --learning-rate 6e-4 --save-every 500 --eval-every 500 --plot
-train start-draft train.jsonl --out draft --steps 4000 --learning-rate 3e-3 --save-every 1000 --eval-every 1000
+train() { flaxqwen train "$@" --eval held_out.jsonl --length 128 --warmup-steps 100 --weight-decay 0.1 --beta2 0.98 --log-every 50 --seed 0; }
+train start train.jsonl --out model --optim muon --batch-size 48 --steps 3400 --learning-rate 2.5e-3 --save-every 500 --eval-every 500 --plot
+train start-draft train.jsonl --out draft --batch-size 32 --steps 4000 --learning-rate 3e-3 --save-every 1000 --eval-every 1000 --plot
