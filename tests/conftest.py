@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +28,14 @@ def find_shared() -> Path | None:
     return folder if (folder / "data").is_dir() else None
 
 
-# The files that take longest although they have few tests: the other worker is busy meanwhile.
-SLOW_FILES = ("test_real_geometry.py", "test_package.py")
+# The files that take longest although they have few tests, in the order in which they begin: none is left for last.
+SLOW_FILES = (
+    "test_real_geometry.py",
+    "test_sharding.py",
+    "test_processes.py",
+    "test_package.py",
+    "test_readme.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,7 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow files first."""
-    items.sort(key=lambda item: item.path.name not in SLOW_FILES)
+    places = {name: place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +75,22 @@ def highest_precision() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_programs_of_other_files() -> Iterator[None]:
-    """A file's compiled programs go with it: those of a whole run, 3 maps each, pass Linux's 65,530 of a process."""
+def one_torch_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Torch's threads wait for each other longer than tiny models compute: 18 s of CPU for 15 on two busy cores."""
+    torch = sys.modules.get("torch")
+    if torch is None or request.path.name == "test_real_geometry.py":
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    jax.clear_caches()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Compiled programs, 3 maps each, go before they pass Linux's 65,530 maps of a process."""
+    yield
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > 30_000:
+        jax.clear_caches()

@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-
 import jax
 import numpy as np
 
