@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import flax.traverse_util
@@ -333,7 +333,7 @@ def draw_params(
 
     module.init draws alike, but in one program, which takes 20 s to compile at 24 layers; here each shape has one.
     """
-    key = jax.random.key(seed)
+    key, whole = jax.random.key(seed), cast(Any, config)
     leaves: dict[ParamPath, jax.Array] = {}
     for path, shape in shapes.items():
         owner, leaf = path[-2:]
@@ -343,7 +343,7 @@ def draw_params(
         elif owner.endswith("norm"):
             leaves[path] = jnp.ones(shape, dtype, device=device)
         else:
-            own: Any = config.audio_config if TOWER in path else config.get_text_config()
+            own = whole.audio_config if TOWER in path else whole.get_text_config()
             stddev = own.initializer_range or 0.02
             zero_row = own.pad_token_id if owner == "embed_tokens" else None
             own_key = jax.random.fold_in(key, zlib.crc32(to_name(path).encode()))

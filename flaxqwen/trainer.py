@@ -335,7 +335,7 @@ def _summary(rows: Rows) -> dict[str, Any]:
     """What tells the data of a run from other data."""
     crc = 0
     for name in sorted(rows):
-        crc = zlib.crc32(np.ascontiguousarray(rows[name]), crc)
+        crc = zlib.crc32(np.ascontiguousarray(rows[name]).data, crc)
     return {"rows": len(rows["input_ids"]), "length": rows["input_ids"].shape[1], "crc32": crc}
 
 
