@@ -19,7 +19,7 @@ from flaxqwen.lora import LoraConfig, adapted_module, init_adapter, make_variabl
 from flaxqwen.lora.files import check_tensors, place_tensors
 from flaxqwen.lora.merge import merged_params
 from flaxqwen.lora.mixed import mix_adapters
-from flaxqwen.lora.tree import Tree, to_tensors
+from flaxqwen.lora.tree import Tree, to_tensors, with_own_head
 from flaxqwen.models.qwen2_audio import ENCODER_PARTS
 from flaxqwen.sharding import module_sharding
 
@@ -224,10 +224,8 @@ class AdapterMethods:
         stack = mix_adapters(self.adapters.loaded, list(adapter_names) * copies, heads)
         # On the devices once, not with each of a call's programs.
         lora = jax.device_put(stack, None if sharding is None else sharding.of((), ()))
-        base, params = self._base_module, self.params
-        module = adapted_module(base, [tree for _, tree in self.adapters.loaded.values()])
-        if module is not base:  # a head that is tied has no adapter of its own
-            params = params | {"lm_head": params["model"]["embed_tokens"]}
+        module = adapted_module(self._base_module, [tree for _, tree in self.adapters.loaded.values()])
+        params = with_own_head(self._base_module, module, self.params)
         adapters = dataclasses.replace(self.adapters, variables={"params": params, "lora": lora})
         return self._replace(module=module, adapters=adapters)
 

@@ -29,6 +29,7 @@ from flaxqwen.config_values import (
     show,
     thaw,
 )
+from flaxqwen.files import replacing
 from flaxqwen.rope_config import ROPE_PARAMETERS, RopeParameters
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "tanh", "sigmoid")
@@ -162,14 +163,8 @@ class PretrainedConfig:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json into `folder`, made if need be. The file appears whole or not at all."""
-        os.makedirs(folder, exist_ok=True)
-        path = Path(folder, "config.json")
-        unfinished = path.with_name(f".config.json.{os.getpid()}.tmp")
-        try:
-            unfinished.write_text(self.to_json_string(), encoding="utf-8")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replacing(Path(folder, "config.json")) as path:
+            path.write_text(self.to_json_string(), encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,8 +304,7 @@ class Qwen2Config(PretrainedConfig):
         """
         length, rope = self.max_position_embeddings, self.rope_parameters
         if rope.factor is not None and rope.rope_type in ("linear", "dynamic", "yarn"):
-            trained = (rope.rope_type == "yarn" and rope.original_max_position_embeddings) or length
-            length = max(length, int(rope.factor * trained))
+            length = max(length, int(rope.factor * (rope.original_max_position_embeddings or length)))
         return min(length, self._dual_chunk_length() or length)
 
     @property

@@ -38,10 +38,8 @@ def read_examples(lines: Iterable[str], tokenizer: Any) -> Iterator[Example]:
         for number, line in batch:
             try:
                 texts.append(_to_text(json.loads(line), tokenizer))
-            except Exception as error:  # jinja's own, too, which is imported by the first chat
-                if isinstance(error, ValueError | KeyError | TypeError) or type(error).__module__.startswith("jinja2"):
-                    raise ValueError(f"line {number}: {error}") from None
-                raise
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"line {number}: {error}") from None
         yield from _to_examples(texts, tokenizer)
 
 
@@ -64,15 +62,27 @@ def _chat_text(messages: list[dict[str, str]], tools: Any, tokenizer: Any) -> Le
         raise ValueError("no message of the assistant: there is nothing to learn")
     if answers[0] == 0:
         raise ValueError("the first message is the assistant's: there is nothing that it answers")
-    render = partial(tokenizer.apply_chat_template, tools=tools)
-    text = render(messages, tokenize=False)
+    render = partial(_render, tokenizer, tools)
+    text = render(messages)
     spans = []
     for i in answers:
-        start = len(render(messages[:i], tokenize=False, add_generation_prompt=True))
-        until = text if i + 1 == len(messages) else render(messages[: i + 1], tokenize=False)
+        start = len(render(messages[:i], add_generation_prompt=True))
+        until = text if i + 1 == len(messages) else render(messages[: i + 1])
         # What follows the end-of-turn token, a newline in ChatML, is never generated.
         spans.append((start, len(until.rstrip())))
     return text, spans
+
+
+def _render(tokenizer: Any, tools: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    """The text of a chat; ValueError where its template fails."""
+    from jinja2 import TemplateError  # which templates need; texts do not
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template says: {error}") from None
 
 
 def _to_examples(texts: list[LearnedText], tokenizer: Any) -> Iterator[Example]:

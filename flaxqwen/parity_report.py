@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from flaxqwen.files import replacing
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -255,15 +257,9 @@ class Report:
         """
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         files = {"report.json": text.encode(), "parity.png": self._draw()}
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
-            temporary = folder / f".{name}.flaxqwen"
-            try:
-                temporary.write_bytes(data)
-                os.replace(temporary, folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacing(Path(folder, name)) as path:
+                path.write_bytes(data)
 
     def _draw(self) -> bytes:
         """parity.png: the error of every module along the depth, and the KL at every position."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -27,8 +26,10 @@ import numpy as np
 import optax
 
 from flaxqwen.adapters import DEFAULT_NAME
+from flaxqwen.config import PretrainedConfig
 from flaxqwen.dataset import Batches, import_extra
 from flaxqwen.distributed import agree, is_main
+from flaxqwen.files import replacing
 from flaxqwen.lora import LoraConfig
 from flaxqwen.model import Model
 from flaxqwen.models.losses import IGNORE_INDEX
@@ -190,14 +191,22 @@ class _Parts:
     trained: Callable[[Variables], Model]
 
 
+def refuse_quantized(config: PretrainedConfig) -> None:
+    """ValueError where all parameters are to be trained, and some are integers."""
+    if config.quantization_config is not None:
+        raise ValueError(
+            "integer weights are not trained: train an adapter beside them (--lora), or bring them back by "
+            "`flaxqwen convert SRC DST --dtype bfloat16`"
+        )
+
+
 def _whole(model: Model) -> _Parts:
     """All parameters are trained, in float32, on a mesh as the checkpoint has them."""
     if model.adapters.loaded:
         raise ValueError(
             "the model has adapters: merge_and_unload() or unload() it first, or train one by options.lora"
         )
-    if model.config.quantization_config is not None:
-        raise ValueError("integer weights are not trained: train an adapter beside them, by options.lora")
+    refuse_quantized(model.config)
     sharding = module_sharding(model.module)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.params)
     params = params if sharding is None else sharding.undo_heads(params)
@@ -297,8 +306,8 @@ class _Run:
                 raise ValueError(f"{settings} has other options or data: a run is resumed with those it began with")
         agree(0)  # all processes have looked
         if is_main() and not has_begun:
-            out.mkdir(parents=True, exist_ok=True)
-            _write(settings, wanted)
+            with replacing(settings) as path:
+                path.write_text(wanted)
         # Synchronous: the next step overwrites the state, which is donated.
         how = self._orbax.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = self._orbax.CheckpointManager((out / "checkpoints").absolute(), options=how)
@@ -318,7 +327,8 @@ class _Run:
             state = self._manager.restore(last, args=self._orbax.args.StandardRestore(like))
         if is_main() and self._metrics.is_file():  # lines after the checkpoint will be written again
             lines = [line for line in self._metrics.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            _write(self._metrics, "".join(line for line in lines if json.loads(line)["step"] <= (last or 0)))
+            with replacing(self._metrics) as path:
+                path.write_text("".join(line for line in lines if json.loads(line)["step"] <= (last or 0)))
         return state
 
     def save(self, step: int, state: TrainState) -> None:
@@ -337,13 +347,6 @@ def _summary(rows: Rows) -> dict[str, Any]:
     for name in sorted(rows):
         crc = zlib.crc32(np.ascontiguousarray(rows[name]).data, crc)
     return {"rows": len(rows["input_ids"]), "length": rows["input_ids"].shape[1], "crc32": crc}
-
-
-def _write(path: Path, text: str) -> None:
-    """A file that is whole, or as it was before."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 @contextmanager

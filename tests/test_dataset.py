@@ -56,7 +56,7 @@ def test_tools_are_in_the_prompt(tokenizer):
     assert able.decode(ids) == "xyz " + tokenizer.apply_chat_template(messages, tokenize=False)
     assert able.decode([label for label in labels if label != IGNORE_INDEX]) == "cd<|im_end|>"
     able.chat_template = "{{ messages[0].content + nothing }}"
-    with pytest.raises(ValueError, match=r"^line 1: 'nothing' is undefined"):
+    with pytest.raises(ValueError, match=r"^line 1: the chat template says: 'nothing' is undefined"):
         list(read_examples([json.dumps({"messages": messages})], able))
 
 

@@ -90,7 +90,7 @@ def test_adapters_train_as_in_peft(kind: str, rng: np.random.Generator, tmp_path
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 def test_a_stopped_run_resumes_bit_for_bit(optim: Any, rng: np.random.Generator, tmp_path: Path):
     """SIGTERM saves and stops; the run that goes on has the adapter and the losses of one that was never stopped."""
-    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, int(rng.integers(1000)), num_hidden_layers=1)
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, int(rng.integers(1000)))
     base = Model(module, params, module.config, GenerationConfig())
     rows, options = make_rows(rng), TrainingOptions(lora=KINDS["plain"], optim=optim, **OPTIONS)
     stop = int(rng.integers(2, STEPS - 1))

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 
 from flaxqwen.auto import AutoModelForCausalLM, parse_dtype
 from flaxqwen.cli.text import load_tokenizer, need_tokenizer
-from flaxqwen.config import Qwen2Config, config_from_file
+from flaxqwen.config import config_from_file
 from flaxqwen.convert.save import refuse_others
 from flaxqwen.dataset import pack, read_examples
 from flaxqwen.distributed import is_main
 from flaxqwen.hub import resolve_folder
 from flaxqwen.lora import LoraConfig
 from flaxqwen.sharding import mesh_of
-from flaxqwen.trainer import Record, Rows, TrainingOptions, train
+from flaxqwen.trainer import Record, Rows, TrainingOptions, refuse_quantized, train
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -63,17 +63,18 @@ def train_model(
     config = AutoModelForCausalLM.module_of(config_from_file(folder)).config
     to: Any = "pytorch" if jax.process_count() == 1 else "orbax"
     if lora is None:
-        _check_whole(folder, config, out, to)
+        refuse_quantized(config)
+        _check_out(folder, out, to)
     tokenizer = need_tokenizer(load_tokenizer(folder), folder)
     own_dtype = parse_dtype(config.dtype) or jnp.float32
     dtype = jnp.dtype(parse_dtype(options.pop("dtype")) or own_dtype).name
     length = min(length or DEFAULT_LENGTH, config.context_length)
+    adapter = None if lora is None else parse_lora(lora, name)
+    chosen = TrainingOptions(dtype=dtype, lora=adapter, **options)
     rows = _rows(data, tokenizer, length)
     held_out = None if evaluate is None else _rows(evaluate, tokenizer, length)
-    adapter = None if lora is None else parse_lora(lora, name)
     devices = mesh_of(mesh) if mesh or distributed else None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32" if adapter is None else dtype, mesh=devices)
-    chosen = TrainingOptions(dtype=dtype, lora=adapter, **options)
     with _progress() as report:
         trained, taken = train(model, rows, out, chosen, held_out=held_out, resume=resume, report=report)
     steps = chosen.steps_for(len(rows["input_ids"]))
@@ -98,13 +99,8 @@ def train_model(
     print(out)
 
 
-def _check_whole(folder: Path, config: Qwen2Config, out: Path, to: Any) -> None:
-    """Refuse what could not be trained whole, or not be saved at the end."""
-    if config.quantization_config is not None:
-        raise ValueError(
-            f"{folder}: integer weights are not trained: train an adapter beside them (--lora), or bring them back by "
-            "`flaxqwen convert SRC DST --dtype bfloat16`"
-        )
+def _check_out(folder: Path, out: Path, to: Any) -> None:
+    """Refuse a folder in which the whole model could not be saved at the end."""
     if out.resolve() == folder.resolve():
         raise ValueError(f"--out {out} is the model itself, which would be lost; give another folder")
     refuse_others(out, to)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from flaxqwen.config_values import FrozenMapping, assign, errors_of, freeze_fields, thaw
+from flaxqwen.files import replacing
 
 FILE_NAME = "generation_config.json"
 DEFAULT_NEW_TOKENS = 20  # where nobody set a length
@@ -273,14 +274,8 @@ class GenerationConfig:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write folder/generation_config.json: the whole file, or, on an error, no change."""
-        path = Path(folder, FILE_NAME)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(self.to_json_string(), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(Path(folder, FILE_NAME)) as path:
+            path.write_text(self.to_json_string(), encoding="utf-8")
 
 
 OPTIONS = tuple(f.name for f in fields(GenerationConfig) if f.name != "extra")

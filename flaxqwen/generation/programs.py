@@ -27,6 +27,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from flaxqwen.config import PretrainedConfig
+from flaxqwen.files import replacing
 from flaxqwen.ops.cpu import cpu_flags
 from flaxqwen.sharding import module_sharding
 
@@ -112,17 +113,10 @@ def write_programs(path: str | os.PathLike[str], programs: Programs, variables: 
       OSError: it cannot be written.
     """
     assert programs.module is not None
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(HEADER, json.dumps(made_for(programs.module, variables), indent=1))
-            for index, (key, compiled) in enumerate(programs.compiled.items()):
-                archive.writestr(str(index), pickle.dumps((key, serialize_executable.serialize(compiled))))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(Path(path)) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(HEADER, json.dumps(made_for(programs.module, variables), indent=1))
+        for index, (key, compiled) in enumerate(programs.compiled.items()):
+            archive.writestr(str(index), pickle.dumps((key, serialize_executable.serialize(compiled))))
 
 
 def read_programs(path: str | os.PathLike[str], module: nn.Module, variables: Any) -> Programs:

@@ -193,6 +193,11 @@ def adapted_module(module: nn.Module, adapters: Sequence[Tree], merged: bool = F
     return module.clone(config=replace(module.config, tie_word_embeddings=False))
 
 
+def with_own_head(base: nn.Module, adapted: nn.Module, params: Tree) -> Tree:
+    """The base's parameters as adapted_module reads them: a head that it has untied is the embedding's array."""
+    return params if adapted is base else params | {"lm_head": params["model"]["embed_tokens"]}
+
+
 def make_variables(
     module: nn.Module,
     params: Tree,
@@ -213,8 +218,7 @@ def make_variables(
     """
     if len(adapters) > 1 and any(config.use_dora for config, _ in adapters):
         raise ValueError("an adapter with use_dora is active alone: its magnitudes are of the base with it")
-    if adapted_module(module, [tree for _, tree in adapters], merged) is not module:
-        params = params | {"lm_head": params["model"]["embed_tokens"]}
+    params = with_own_head(module, adapted_module(module, [tree for _, tree in adapters], merged), params)
     layers: dict[Path, tuple[Adapter, ...]] = {}
     sharding = module_sharding(module)
     for config, tree in adapters:

@@ -80,9 +80,9 @@ def test_greedy_tokens_are_theirs(ours, rng):
 
 def test_a_padded_batch_in_a_larger_cache(ours, rng):
     """The draft model's cache is as large as it must be, the model's as large as is asked."""
-    _, mine, _, my_draft = random_models(ours, rng)
+    theirs, mine, _, my_draft = random_models(ours, rng)
     ids, mask = random_ids(rng, (2, 9), VOCAB), padded_mask([9, 5], 9, "left")
-    want = mine.generate(ids, attention_mask=mask, **GREEDY)
+    want = theirs.generate(th(ids), attention_mask=th(mask), **GREEDY)
     got = mine.generate(ids, attention_mask=mask, assistant_model=my_draft, max_cache_len=1024, **GREEDY)
     np.testing.assert_array_equal(got, want)
 

@@ -170,9 +170,12 @@ def test_cache_from_forward_continues_as_theirs(rng):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bfloat16(batch, rng):
-    """Logits, with and without a cache, as near to float32's as Transformers' bfloat16 ones are."""
+    """Logits, with and without a cache, as near to float32's as Transformers' bfloat16 ones are.
+
+    Of 64 tokens the ratio is 1.00 with a standard deviation of 0.04; of 11 that is 0.08, and one in 100 passes 1.2.
+    """
     theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
-    ids, more = random_ids(rng, (batch, 9)), random_ids(rng, (batch, 2))
+    ids, more = random_ids(rng, (batch, 60)), random_ids(rng, (batch, 4))
     whole = np.concatenate([ids, more], axis=1)
     exact = theirs_of(theirs, input_ids=whole).logits.numpy()
     narrow = theirs_of(theirs.bfloat16(), input_ids=whole).logits.float().numpy()
@@ -180,7 +183,7 @@ def test_bfloat16(batch, rng):
     apply = jax.jit(lambda ids, **past: module.apply({"params": narrow_params}, ids, **past))
     first = apply(ids)
     assert first.logits.dtype == jnp.bfloat16
-    second = apply(more, past_key_values=first.past_key_values.grow(16))
+    second = apply(more, past_key_values=first.past_key_values.grow(64))
     for got in (apply(whole).logits, np.concatenate([first.logits, second.logits], axis=1)):
         error, limit = (np.sqrt(np.mean(np.square(x - exact))) for x in (np.asarray(got, np.float32), narrow))
         assert error <= 1.2 * limit
