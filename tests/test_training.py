@@ -101,9 +101,10 @@ def tied_model() -> tuple[Qwen2ForCausalLM, Any]:
     return model.module, jax.tree.map(lambda a: a * 3, model.params)
 
 
+@functools.partial(jax.jit, static_argnames=("module", "chunk", "remat"))
 def gradients_of(module: Any, params: Any, batch: dict[str, np.ndarray], **options: Any) -> tuple[Any, Any]:
     """The summed loss of a batch, and its gradients."""
-    return jax.jit(jax.value_and_grad(lambda p: loss_sum(module, {"params": p}, batch, **options)))(params)
+    return jax.value_and_grad(lambda p: loss_sum(module, {"params": p}, batch, **options))(params)
 
 
 def test_packed_rows_equal_separate_runs(tied_model, rng: np.random.Generator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,10 @@ def test_adapters_train_as_in_peft(models, rng: np.random.Generator, tmp_path: P
     assert np.abs(np.asarray(base(**inputs).logits) - wanted.numpy())[valid].max() > 1e-2
 
 
+@functools.partial(jax.jit, static_argnames=("module", "chunk", "remat"))
 def gradients_of(module: Any, params: Any, batch: Batch, **options: Any) -> tuple[Any, Any]:
     """The summed loss of a batch, and its gradients."""
-    return jax.jit(jax.value_and_grad(lambda p: loss_sum(module, {"params": p}, batch, **options)))(params)
+    return jax.value_and_grad(lambda p: loss_sum(module, {"params": p}, batch, **options))(params)
 
 
 @pytest.mark.parametrize("is_scanned", [False, True])

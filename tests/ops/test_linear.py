@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flaxqwen.ops import linear
+from flaxqwen.ops.cpu import contract_one_row
 
 # A result of bfloat16 is rounded to 8 bits.
 TOLERANCE: dict[Any, float] = {jnp.float32: 2e-6, jnp.bfloat16: 2**-8 * 1.01}
@@ -38,3 +39,20 @@ def test_few_rows_do_not_pack_the_weight():
     (product,) = [line for line in text.splitlines() if " dot(" in line]
     assert "f32[512,6]" in product.split(" dot(")[0]
     assert "lhs_contracting_dims={1}" in product
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize(("width", "parts"), [(896, 1), (4864, 2), (8960, 4), (4101, 3)])
+def test_one_row_reads_the_weight_as_it_lies(rng: np.random.Generator, dtype: Any, width: int, parts: int):
+    """On a CPU: exact but for float32's rounding, in dots of so many parts, and no copy of the weight is made."""
+    x, weight = rng.standard_normal(width), rng.integers(-127, 128, (64, width))
+    want = weight @ x.astype(np.float32).astype(np.float64)
+    program = jax.jit(contract_one_row).lower(
+        *(inputs := (jnp.asarray([[x]], jnp.float32), jnp.asarray(weight, dtype)))
+    )
+    compiled = program.compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < weight.size
+    assert f"f32[{64 * parts}]" in compiled.as_text()
+    got = np.asarray(compiled(*inputs), np.float64)
+    assert got.shape == (1, 1, 64)
+    np.testing.assert_allclose(got[0, 0], want, rtol=0, atol=1e-5 * np.abs(want).max())
