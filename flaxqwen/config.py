@@ -295,6 +295,10 @@ class Qwen2Config(PretrainedConfig):
         """The config of the decoder: itself."""
         return self
 
+    def first_layers(self, count: int) -> Qwen2Config:
+        """The config of a model of so many of its layers."""
+        return dataclasses.replace(self, num_hidden_layers=count, layer_types=self.layer_types[:count])
+
     @property
     def context_length(self) -> int:
         """The longest context, in tokens, that our attention is right for.

@@ -73,8 +73,7 @@ class EarlyExit:
     def config(self) -> Qwen2Config | Qwen2AudioConfig:
         """The model's, with fewer layers."""
         config = self.model.config
-        text = config.get_text_config()
-        text = replace(text, num_hidden_layers=self.layers, layer_types=text.layer_types[: self.layers])
+        text = config.get_text_config().first_layers(self.layers)
         return replace(config, text_config=text) if isinstance(config, Qwen2AudioConfig) else text
 
     @property
