@@ -319,20 +319,17 @@ def param_shapes(module: nn.Module) -> dict[ParamPath, tuple[int, ...]]:
     Layers of a stack have the same shapes: only the first is traced, which takes 0.02 s, and 80 take 2 s.
     """
     config: Any = module.config
-    layers, tower_layers = config.get_text_config().num_hidden_layers, 0
+    counts = {False: config.get_text_config().num_hidden_layers}
     if isinstance(config, Qwen2AudioConfig):
-        audio, tower_layers = config.audio_config, config.audio_config.encoder_layers
-        text = config.text_config.first_layers(1)
-        config = dataclasses.replace(
-            config, text_config=text, audio_config=dataclasses.replace(audio, encoder_layers=1)
-        )
+        counts[True] = config.audio_config.encoder_layers
+        tower = dataclasses.replace(config.audio_config, encoder_layers=1)
+        one = dataclasses.replace(config, text_config=config.text_config.first_layers(1), audio_config=tower)
     else:
-        config = config.first_layers(1)
-    tree = _init_params.eval_shape(module.clone(config=config), jax.random.key(0), np.zeros((1, 1), np.int32))
+        one = config.first_layers(1)
+    tree = _init_params.eval_shape(module.clone(config=one), jax.random.key(0), np.zeros((1, 1), np.int32))
     shapes = {}
     for path, leaf in flax.traverse_util.flatten_dict(tree).items():
-        count = tower_layers if TOWER in path else layers
-        for i in range(count if "layers_0" in path else 1):
+        for i in range(counts[TOWER in path] if "layers_0" in path else 1):
             shapes[tuple(f"layers_{i}" if key == "layers_0" else key for key in path)] = leaf.shape
     return dict(sorted(shapes.items()))
 

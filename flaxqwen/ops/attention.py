@@ -22,6 +22,10 @@ MASKED = float(jnp.finfo(jnp.float32).min)
 # never stand in memory whole: 8,192 tokens of a 7B take 0.94 GB in blocks of 512, 17 GB at once.
 QUERY_BLOCK = 512
 
+# Queries, and slots, of a block of attend_to_seen_blocks. A layer of 0.5B, 1,024 tokens on 2 cores of a Zen 3: 65 ms;
+# 69 in blocks of 256, 82 of 64 queries and 256 slots; 204 by attend. Fewer scores of a head are not worth the loops.
+SEEN_BLOCK, FEWEST_SCORES = 128, 512 * 512
+
 Scales = tuple[jax.Array, jax.Array]
 
 
@@ -52,6 +56,19 @@ class Visibility(flax.struct.PyTreeNode):
             full=cut(self.full, 2),
         )
 
+    def tile(self, row: jax.Array, query: jax.Array, slot: jax.Array | int, size: int) -> Visibility:
+        """The same for one row, and `size` queries and slots from these on. There is no mask of 4 dimensions."""
+
+        def cut(a: jax.Array | None, start: jax.Array | int) -> jax.Array | None:
+            return None if a is None else jax.lax.dynamic_slice(a, (jnp.minimum(row, len(a) - 1), start), (1, size))
+
+        return self.replace(
+            query_slot=cut(self.query_slot, query),
+            slot_mask=cut(self.slot_mask, slot),
+            query_segment=cut(self.query_segment, query),
+            slot_segment=cut(self.slot_segment, slot),
+        )
+
     def apply(self, scores: jax.Array, window: int | None) -> jax.Array:
         """Mask float32 scores [B, K, G, T, S]; a token sees at most the last `window` slots, its own included."""
         B, K, G, T, S = scores.shape
@@ -61,9 +78,9 @@ class Visibility(flax.struct.PyTreeNode):
             return jnp.where(full, scores, MASKED) if full.dtype == bool else scores + full.astype(scores.dtype)
         return jnp.where(self.visible(S, window)[:, None, None], scores, MASKED)
 
-    def visible(self, S: int, window: int | None) -> jax.Array:
-        """[B or 1, T, S] bool, where there is no mask of 4 dimensions."""
-        slots, query_slot = jnp.arange(S), self.query_slot[:, :, None]
+    def visible(self, S: int, window: int | None, first: jax.Array | int = 0) -> jax.Array:
+        """[B or 1, T, S] bool of the slots from `first` on, where there is no mask of 4 dimensions."""
+        slots, query_slot = first + jnp.arange(S), self.query_slot[:, :, None]
         visible = slots <= query_slot
         if window is not None:
             visible &= slots > query_slot - window
@@ -144,6 +161,56 @@ def attend_in_blocks(
         return output
     rest = jax.checkpoint(partial(block, size=T - whole))(whole)
     return jnp.concatenate([output, rest], axis=1)
+
+
+def attend_to_seen_blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None, interpret: bool
+) -> jax.Array:
+    """`attend_in_blocks` for CPUs: a block's scores stay in the CPU's cache, and what no query sees is left out.
+
+    Maximum and sums go on from block to block (Milakov and Gimelshein 2018, Online normalizer calculation for
+    softmax). Scores are [slots, queries], and the sum a column of values, as in _attend_by_head. The
+    arithmetic is float32. There is no kernel: `interpret` is not looked at.
+    """
+    B, T, N, H = query.shape
+    K, S = key.shape[1:3]
+    G, size, parts = N // K, SEEN_BLOCK, T // SEEN_BLOCK
+    scaled = (query.astype(jnp.float32) * H**-0.5).reshape(B, parts, size, K, G, H)
+    blocks = scaled.transpose(0, 3, 1, 5, 4, 2).reshape(B * K * parts, H, G * size)
+    value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+
+    def block(index: jax.Array) -> jax.Array:
+        row, head, part = jnp.unravel_index(index, (B, K, parts))
+        queries, own = blocks[index], visibility.tile(row, part * size, 0, size).query_slot
+        oldest = 0 if window is None else own.min() - window + 1
+
+        def add(state: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[jax.Array, jax.Array]:
+            highest, sums = state
+            at = (row, head, start, 0)
+            k, v = (jax.lax.dynamic_slice(a, at, (1, 1, size, a.shape[-1]))[0, 0] for a in (key, value))
+            visible = visibility.tile(row, part * size, start, size).visible(size, window, start)[0].T
+            scores = jnp.matmul(k.astype(jnp.float32), queries).reshape(size, G, size)
+            scores = jnp.where(visible[:, None], scores, MASKED).reshape(size, G * size)
+            higher = jnp.maximum(highest, scores.max(axis=0))
+            more = jnp.matmul(v.astype(jnp.float32).T, jnp.exp(scores - higher))
+            return higher, sums * jnp.exp(highest - higher) + more
+
+        def step(state: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+            is_seen = (start + size > oldest) & (start <= own.max())
+            return jax.lax.cond(is_seen, add, lambda state, _: state, state, start), None
+
+        nothing = jnp.full(G * size, MASKED), jnp.zeros((H + 1, G * size))
+        _, sums = jax.lax.scan(step, nothing, jnp.arange(0, S, size))[0]
+        return sums[:-1] / sums[-1]
+
+    output = jax.lax.map(block, jnp.arange(len(blocks))).reshape(B, K, parts, H, G, size)
+    return output.transpose(0, 2, 5, 1, 4, 3).reshape(B, T, N, H).astype(query.dtype)
+
+
+def seen_blocks_serve(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
+    """Lengths that blocks divide, and prompts that are not short."""
+    T, S = query.shape[1], key.shape[2]
+    return T % SEEN_BLOCK == S % SEEN_BLOCK == 0 and T * S >= FEWEST_SCORES
 
 
 def attend_to_all(query: jax.Array, key: jax.Array, value: jax.Array, slot_mask: jax.Array | None) -> jax.Array:

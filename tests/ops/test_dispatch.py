@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from flaxqwen import AutoModelForCausalLM, Qwen2Config
+from flaxqwen.cache import init_cache
 from flaxqwen.ops import kernels
-from flaxqwen.ops.attention import Visibility, attend_in_blocks
+from flaxqwen.ops.attention import Visibility, attend_in_blocks, attend_to_seen_blocks
 from flaxqwen.ops.dispatch import DEFAULTS, Attention, choose_attention
 from tests.reference import close, padded_mask, random_ids, tiny
 
@@ -120,6 +121,53 @@ def test_decode(rng, lengths, window):
     close(got, exact(*heads, visibility, WINDOWS[window]), relative=1e-6)
 
 
+seen_blocks = jax.jit(partial(attend_to_seen_blocks, interpret=False), static_argnames="window")
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("start", [0, 200, 256])
+def test_seen_blocks(rng, start, window, groups):
+    """Two blocks of queries over four of slots; rows at their own slots, and padded."""
+    tokens, slots = 256, 512
+    heads = heads_of(rng, groups, tokens, slots)
+    for visibility in (
+        Visibility(slots_from(start, tokens)),
+        Visibility(jnp.concatenate([slots_from(start, tokens), slots_from(17, tokens)])),
+        Visibility(slots_from(start, tokens), left_padding([start // 2, 0], slots)),
+    ):
+        got = seen_blocks(*heads, visibility, window=WINDOWS[window])
+        close(got, exact(*heads, visibility, WINDOWS[window]), relative=1e-6)
+
+
+def test_seen_blocks_with_segments_and_padding(rng):
+    """A token sees its own segment alone; what padding itself sees is nobody's concern, but is finite."""
+    segments = jnp.asarray(np.sort(rng.integers(0, 4, (B, 256)), axis=1), jnp.int32)
+    mask = left_padding([0, 140], 256)
+    visibility, heads = Visibility(slots_from(0, 256), mask, segments, segments), heads_of(rng, 2, 256, 256)
+    got = seen_blocks(*heads, visibility, window=None)
+    close(got, exact(*heads, visibility, None), relative=1e-6, where=np.asarray(mask))
+    assert np.isfinite(np.asarray(got)).all()
+
+
+def test_seen_blocks_in_a_gradient_and_in_bfloat16(rng):
+    """Gradients are the plain one's; bfloat16 is no further from float32 than the plain one's is."""
+    heads, dy = heads_of(rng, 2, 256, 256), jnp.asarray(rng.normal(size=(B, 256, 4, H)), jnp.float32)
+    visibility = Visibility(slots_from(0, 256))
+    ours, plain = (
+        jax.grad(lambda *heads, run=run: jnp.vdot(run(*heads, visibility, window=70), dy), (0, 1, 2))(*heads)
+        for run in (seen_blocks, attend_in_blocks)
+    )
+    for mine, other in zip(ours, plain, strict=True):
+        close(mine, other, relative=1e-5)
+    rounded = [a.astype(jnp.bfloat16) for a in heads]
+    want = attend_in_blocks(*(a.astype(jnp.float32) for a in rounded), visibility)
+    found = [run(*rounded, visibility, window=None) for run in (seen_blocks, attend_in_blocks)]
+    assert found[0].dtype == jnp.bfloat16
+    errors = [np.abs(np.asarray(got, np.float32) - want).mean() for got in found]
+    assert errors[0] <= 1.1 * errors[1]
+
+
 @pytest.fixture(scope="module")
 def model():
     config = tiny(max_position_embeddings=1024, use_sliding_window=True, sliding_window=150, max_window_layers=1)
@@ -169,6 +217,32 @@ def test_what_is_not_served_is_plain(rng, model):
     assert kernels_in(model, aligned) == 0
 
 
+def test_a_long_prompt_on_a_cpu(rng, model):
+    """By default: logits and tokens of the plain one, without scores [heads, 1024, 1024] in memory; short ones are."""
+    long = dataclasses.replace(model.config, max_position_embeddings=2048)
+    model = AutoModelForCausalLM.from_config(long, seed=2)
+    assert model.module.attention == Attention(prefill="blocks")
+    ids, mask = random_ids(rng, (2, 1024)), padded_mask([1024, 700], 1024, "left")
+    options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    ours, plain = (
+        each.generate(ids, attention_mask=mask, **options) for each in (model, with_attention(model, Attention()))
+    )
+    assert (ours.sequences == plain.sequences).all()
+    close(np.stack(ours.logits), np.stack(plain.logits), relative=1e-5)
+    sizes = [temporaries(each, ids) for each in (model, with_attention(model, Attention()))]
+    scores = 2 * model.config.num_attention_heads * 1024**2 * 4
+    assert sizes[0] < scores / 2
+    assert sizes[1] >= scores
+    assert temporaries(model, ids[:, :128]) == temporaries(with_attention(model, Attention()), ids[:, :128])
+
+
+def temporaries(model, ids):
+    """Bytes of temporaries of a forward of prompts over a cache that they fill."""
+    cache = init_cache(model.config, *ids.shape, np.float32)
+    run = partial(model.module.apply, past_key_values=cache.replace(length=cache.length[:1]), logits_to_keep=1)
+    return jax.jit(run).lower(model.variables, ids).compile().memory_analysis().temp_size_in_bytes
+
+
 def test_int8_cache_is_plain(rng, model):
     ids = random_ids(rng, (1, 128))
     ours, plain = (
@@ -179,7 +253,7 @@ def test_int8_cache_is_plain(rng, model):
 
 
 def test_the_table():
-    assert choose_attention(None, "cpu") == Attention()
+    assert choose_attention(None, "cpu") == Attention(prefill="blocks")
     assert choose_attention(None, "cuda") == DEFAULTS["gpu"] == Attention()  # not measured: nothing but by name
     assert choose_attention(None, "tpu") == Attention(prefill="splash")
     assert choose_attention("xla", "tpu") == Attention()
@@ -191,7 +265,7 @@ def test_the_table():
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("flash", "'flash' is not known; expected one of xla, splash, cudnn, pallas"),
+        ("flash", "'flash' is not known; expected one of xla, blocks, splash, cudnn, pallas"),
         ("splash", "'splash' is for prefill on a tpu, not for prefill on a cpu"),
         ({"prefil": "xla"}, "has 'prefil'; expected decode, prefill, whole"),
     ],
