@@ -132,7 +132,8 @@ def test_attention_by_a_kernel(worker, mesh):
     """Each device runs it over its own rows and heads: the plain one's logits, off by rounding."""
     assert worker[f"kernels of splash/{mesh}"]
     assert not worker[f"kernels of xla/{mesh}"]
-    close(worker[f"splash/{mesh}"], worker["xla/one"], relative=1e-5)
+    for way in ("splash", "blocks"):
+        close(worker[f"{way}/{mesh}"], worker["xla/one"], relative=1e-5)
 
 
 @pytest.mark.parametrize("mesh", EVERYTHING)
