@@ -195,8 +195,8 @@ def refuse_quantized(config: PretrainedConfig) -> None:
     """ValueError where all parameters are to be trained, and some are integers."""
     if config.quantization_config is not None:
         raise ValueError(
-            "integer weights are not trained: train an adapter beside them (--lora), or bring them back by "
-            "`flaxqwen convert SRC DST --dtype bfloat16`"
+            "integer weights are not trained: train an adapter beside them (--lora, or options.lora), or bring them "
+            "back by `flaxqwen convert SRC DST --dtype bfloat16`"
         )
 
 

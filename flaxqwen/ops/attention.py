@@ -177,7 +177,7 @@ def attend_to_seen_blocks(
     G, size, parts = N // K, SEEN_BLOCK, T // SEEN_BLOCK
     scaled = (query.astype(jnp.float32) * H**-0.5).reshape(B, parts, size, K, G, H)
     blocks = scaled.transpose(0, 3, 1, 5, 4, 2).reshape(B * K * parts, H, G * size)
-    value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+    ones = jnp.ones((size, 1), jnp.float32)
 
     def block(index: jax.Array) -> jax.Array:
         row, head, part = jnp.unravel_index(index, (B, K, parts))
@@ -187,12 +187,12 @@ def attend_to_seen_blocks(
         def add(state: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[jax.Array, jax.Array]:
             highest, sums = state
             at = (row, head, start, 0)
-            k, v = (jax.lax.dynamic_slice(a, at, (1, 1, size, a.shape[-1]))[0, 0] for a in (key, value))
+            k, v = (jax.lax.dynamic_slice(a, at, (1, 1, size, H))[0, 0].astype(jnp.float32) for a in (key, value))
             visible = visibility.tile(row, part * size, start, size).visible(size, window, start)[0].T
-            scores = jnp.matmul(k.astype(jnp.float32), queries).reshape(size, G, size)
+            scores = jnp.matmul(k, queries).reshape(size, G, size)
             scores = jnp.where(visible[:, None], scores, MASKED).reshape(size, G * size)
             higher = jnp.maximum(highest, scores.max(axis=0))
-            more = jnp.matmul(v.astype(jnp.float32).T, jnp.exp(scores - higher))
+            more = jnp.matmul(jnp.concatenate([v, ones], axis=1).T, jnp.exp(scores - higher))  # no copy of all values
             return higher, sums * jnp.exp(highest - higher) + more
 
         def step(state: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
