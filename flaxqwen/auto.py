@@ -100,7 +100,7 @@ class _AutoModel:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        config: PretrainedConfig | None = None,
+        config: PretrainedConfig | str | os.PathLike[str] | None = None,
         dtype: Any = None,
         torch_dtype: Any = None,
         revision: str | None = None,
@@ -118,7 +118,7 @@ class _AutoModel:
         Args:
           pretrained_model_name_or_path: a folder, or a hub id; of an adapter alone, the base that it names is loaded,
             and the adapter into it.
-          config: in place of the folder's own.
+          config: in place of the folder's own; or the folder or the hub id of one.
           dtype: of the parameters: "float32", "bfloat16", "float16", or that of jax, numpy or torch; None or "auto":
             that of the config, or else that of the first tensor by name. torch_dtype is its older name.
           revision, token, cache_dir, local_files_only: of the hub, as in Transformers.
@@ -136,7 +136,7 @@ class _AutoModel:
 
         Raises:
           FileNotFoundError: no such folder or repository, or no weights in it.
-          TypeError: an override that is no field of the config.
+          TypeError: an override that is no field of the config; a config of another library.
           ValueError: a config or a dtype or an attention that is not supported, before any weight is fetched; weights
             that do not fit the config (all that is wrong, in one error).
         """
@@ -147,6 +147,11 @@ class _AutoModel:
             asked |= {"quantize": quantize, "attention_implementation": attention_implementation}
             model = cls.from_pretrained(base, **asked, **where, **overrides)
             return model.load_adapter(pretrained_model_name_or_path, revision=revision, **where)
+        if isinstance(config, str | os.PathLike):
+            config = AutoConfig.from_pretrained(config, **where)
+        elif not isinstance(config, PretrainedConfig | None):
+            expected = "one of flaxqwen's, or the folder or the hub id of one"
+            raise TypeError(f"config is a {type(config).__module__}.{type(config).__qualname__}; expected {expected}")
         config = _override(config_from_file(folder) if config is None else config, overrides)
         wanted = parse_dtype(torch_dtype if dtype is None else dtype) or parse_dtype(config.dtype)
         module_of = partial(cls.module_of, mesh=mesh, mesh_axes=mesh_axes, attention=attention_implementation)

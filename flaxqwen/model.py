@@ -36,6 +36,8 @@ from flaxqwen.generation.programs import Programs, Recorder, read_programs, writ
 from flaxqwen.generation.streamers import Stream
 from flaxqwen.generation.warmup import warmup
 from flaxqwen.models.audio_inputs import check_audio_tokens
+from flaxqwen.models.heads import Qwen2ForSequenceClassification, Qwen2ForTokenClassification
+from flaxqwen.models.losses import IGNORE_INDEX
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
 from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration, Qwen2AudioModel
 from flaxqwen.native import save_native
@@ -45,6 +47,7 @@ Params = dict[str, Any]
 
 # Arguments that are numbers of the program, not of the data.
 STATIC_INTS = ("logits_to_keep", "num_logits_to_keep")
+FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "deterministic")
 # The weights that a push replaces: shards of an earlier one would stay beside a single file, or the other way round.
 REPLACED = {
     "pytorch": ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
@@ -106,6 +109,7 @@ class Model(AdapterMethods):
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         arrays, static = _split(inputs)
         _check_tokens(arrays, self.config)
+        _check_labels(arrays, self.module)
         output = _forward(self.module, self.variables, _fit(arrays), tuple(sorted(static.items())))
         return _with_mask(self.module, output, arrays.get("attention_mask"))
 
@@ -358,7 +362,11 @@ def _split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     arrays: dict[str, Any] = {}
     static: dict[str, Any] = {}
     for name, value in inputs.items():
-        if isinstance(value, bool):
+        if name in FLAGS and value is not None:
+            if not isinstance(value, bool | np.bool_ | int):
+                raise TypeError(f"{name} is {value!r}; expected True or False")
+            static[name] = bool(value)
+        elif isinstance(value, bool):
             static[name] = value
         elif name in STATIC_INTS and isinstance(value, int | np.integer):
             static[name] = int(value)
@@ -402,6 +410,36 @@ def _check_tokens(arrays: dict[str, Any], config: Any) -> None:
     frames = arrays.get("feature_attention_mask")
     if "input_features" in arrays and frames is not None and ids.shape[1] > 1 and not isinstance(frames, Tracer):
         check_audio_tokens(np.asarray(ids), np.asarray(frames), config.audio_token_index)
+
+
+def _check_labels(arrays: dict[str, Any], module: nn.Module) -> None:
+    """ValueError for labels that are no class, and for positions whose logits are wanted that are no token's.
+
+    PyTorch raises, too; in a compiled program they give NaN, or the last position.
+    """
+    keep, new = arrays.get("logits_to_keep"), arrays.get("input_ids", arrays.get("inputs_embeds"))
+    if keep is not None and new is not None and not isinstance(keep, Tracer) and np.size(keep):
+        _check_range("logits_to_keep", np.asarray(keep), -new.shape[1], new.shape[1])
+    count = module.config.get_text_config().vocab_size
+    if isinstance(module, Qwen2ForSequenceClassification | Qwen2ForTokenClassification):
+        count = module.config.num_labels
+    is_scored = isinstance(module, Qwen2ForSequenceClassification) and (
+        module.config.problem_type not in (None, "single_label_classification") or count == 1
+    )
+    for name in ("labels", "shift_labels"):
+        labels = arrays.get(name)
+        if labels is None or isinstance(labels, Tracer) or is_scored:
+            continue
+        labels = np.asarray(labels)
+        if np.issubdtype(labels.dtype, np.integer):
+            _check_range(name, labels[labels != IGNORE_INDEX], 0, count)
+
+
+def _check_range(name: str, values: np.ndarray, first: int, end: int) -> None:
+    wrong = values[(values < first) | (values >= end)]
+    if wrong.size:
+        ignored = f", or {IGNORE_INDEX} for what does not count" if first == 0 else ""
+        raise ValueError(f"{name} has {wrong.flat[0]}; expected {first} to {end - 1}{ignored}")
 
 
 def _fit(arrays: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,13 @@ import optax.contrib
 
 from flaxqwen.lora import LoraConfig, make_variables
 from flaxqwen.models.losses import IGNORE_INDEX, chunked_cross_entropy
-from flaxqwen.models.qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, make_visibility, token_slots
+from flaxqwen.models.qwen2 import (
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    make_visibility,
+    packed_segments,
+    token_slots,
+)
 from flaxqwen.models.qwen2_audio import (
     Qwen2AudioEncoderLayer,
     Qwen2AudioForConditionalGeneration,
@@ -126,10 +132,15 @@ def make_optimizer(
 
 
 def _decays(trainable: Variables) -> Any:
-    """Whether each leaf decays: no vector, nor those of stacked layers, nor a table of positions, which is fixed."""
+    """Whether each leaf decays: no vector, nor those of stacked layers, nor a table of positions, which is fixed.
+
+    DoRA's magnitudes do, as in Transformers' Trainer, which tells vectors by their names.
+    """
 
     def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         is_vector = path[-1].key == "bias" or path[-2].key.endswith("norm")
+        if path[-1].key == "lora_magnitude_vector":
+            return True
         return not is_vector and leaf.ndim > 1 and path[-2].key != "embed_positions"
 
     return jax.tree_util.tree_map_with_path(decays, trainable)
@@ -316,7 +327,10 @@ def _run_decoder(module: Any, variables: Variables, batch: Batch, remat: Remat) 
     slots = token_slots(None, T)
     positions = jnp.broadcast_to(batch.get("position_ids", slots), (B, T))
     rope = rotary_embedding(config, positions, x.dtype)
-    visibility = make_visibility(config, batch.get("attention_mask"), slots, None, batch.get("segment_ids"))
+    mask, segments = batch.get("attention_mask"), batch.get("segment_ids")
+    if mask is None and segments is None and "position_ids" in batch:
+        segments = packed_segments(positions)
+    visibility = make_visibility(config, mask, slots, None, segments)
 
     def run(x: jax.Array, weights: Variables, index: int) -> jax.Array:
         dtypes = (module.dtype, module.param_dtype)

@@ -116,11 +116,15 @@ def torch_losses(
     weight_decay: float,
     max_grad_norm: float,
 ) -> list[float]:
-    """What requires a gradient, trained by torch's AdamW with clipping, a step a batch; vectors do not decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """What requires a gradient, trained by torch's AdamW with clipping, a step a batch; decays as in Trainer."""
+    from transformers import Trainer
+
+    decaying: Any = Trainer.get_decay_parameter_names(None, model)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [parameter for _, parameter in named]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name not in decaying], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=eps)
     losses = []

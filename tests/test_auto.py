@@ -303,6 +303,11 @@ def test_overrides_are_fields_of_the_config(causal: tuple[Path, Any], rng: np.ra
     given = dataclasses.replace(AutoConfig.from_pretrained(folder), num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"unexpected model\.layers\.1\."):
         load(folder, config=given)
+    assert load(folder, config=str(folder)).config == load(folder).config
+    with pytest.raises(
+        TypeError, match=r"config is a transformers\..*Qwen2Config; expected one of flaxqwen's, or the f"
+    ):
+        load(folder, config=theirs.config)
     for wrong, near in (
         ({"rms_norm_epsilon": 1e-5}, "rms_norm_eps"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters"),

@@ -17,11 +17,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flaxqwen import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, init_cache
+from flaxqwen import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Qwen2Config,
+    init_cache,
+)
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
-from tests.reference import close, padded_mask, pair, random_ids, th, torch
+from tests.reference import close, padded_mask, pair, random_ids, th, tiny, torch
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": 157}
 V, D = 157, 64
@@ -273,6 +281,41 @@ def test_unknown_arguments_are_type_errors(model: Model, ids: np.ndarray):
         model(ids, inputs_embeds=np.zeros((2, 8, D), np.float32))
     with pytest.raises(ValueError, match=r"inputs_embeds has shape \(8, 64\); expected \[batch, tokens, hidden_size\]"):
         model(inputs_embeds=np.zeros((8, D), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": [[1, -1]]}, f"labels has -1; expected 0 to {V - 1}, or -100 for what does not count"),
+        ({"shift_labels": np.array([[V, 2]])}, f"shift_labels has {V}; expected 0 to {V - 1}"),
+        ({"logits_to_keep": np.array([0, 2])}, "logits_to_keep has 2; expected -2 to 1"),
+        ({"logits_to_keep": np.array([[-3]])}, "logits_to_keep has -3; expected -2 to 1"),
+    ],
+)
+def test_labels_and_positions_that_are_none_are_refused(given: Any, message: str, model: Model):
+    with pytest.raises(ValueError, match=message):
+        model([[1, 2]], **given)
+
+
+def test_labels_of_heads(rng: np.random.Generator):
+    """Classes are num_labels; scores are any numbers."""
+    changes = SMALL | {"num_labels": 3, "pad_token_id": 0}
+    ids = random_ids(rng, (2, 4), V)
+    for cls in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        model = cls.from_config(Qwen2Config.from_dict(tiny(**changes)))
+        labels = np.zeros(2 if cls is AutoModelForSequenceClassification else (2, 4), np.int32)
+        assert np.isfinite(model(ids, labels=labels).loss)
+        with pytest.raises(ValueError, match="labels has 3; expected 0 to 2"):
+            model(ids, labels=labels + 3)
+    regression = Qwen2Config.from_dict(tiny(**changes | {"num_labels": 1}))
+    assert np.isfinite(AutoModelForSequenceClassification.from_config(regression)(ids, labels=np.array([7, -9])).loss)
+
+
+def test_flags_are_true_or_false(model: Model, ids: np.ndarray):
+    same(model(ids, use_cache=1, output_attentions=np.bool_(True)), model(ids, use_cache=True, output_attentions=True))
+    assert isinstance(model(ids, return_dict=0), tuple)
+    with pytest.raises(TypeError, match="return_dict is 'no'; expected True or False"):
+        model(ids, return_dict="no")
 
 
 def test_only_language_models_generate(model: Model, ids: np.ndarray):

@@ -209,7 +209,8 @@ class Qwen2Model(nn.Module):
             or packed. Without past_key_values the returned cache has room for just these T tokens.
           output_attentions, output_hidden_states, return_dict: as in Transformers; defaults from the config.
           cache_position: [T] int, consecutive: the slots that the new tokens take. Default: at the cache's length.
-          segment_ids: [B, T] int, for packed rows: a token sees its own segment only. Give position_ids with it.
+          segment_ids: [B, T] int, for packed rows: a token sees its own segment only. Give position_ids with it; they
+            say it alone where there is neither a mask nor a cache, as in Transformers.
           deterministic: False applies attention dropout (needs a "dropout" rng).
 
         Raises:
@@ -251,6 +252,8 @@ class Qwen2Model(nn.Module):
         slots = token_slots(cache, T)
         if position_ids is None:
             position_ids = slots if cache_position is None else cache_position[None]
+        elif not use_cache and cache is None and attention_mask is None and segment_ids is None:
+            segment_ids = packed_segments(jnp.broadcast_to(position_ids, (x.shape[0], T)))
         position_ids = jnp.broadcast_to(position_ids, (x.shape[0], T))
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = mask_of_heads(self.sharding, attention_mask)
@@ -375,6 +378,15 @@ def keep_positions(x: jax.Array, keep: int | jax.Array) -> jax.Array:
     if keep.ndim == 1:
         return x[:, keep]
     return jnp.take_along_axis(x, keep[..., None], axis=1)
+
+
+def packed_segments(position_ids: jax.Array) -> jax.Array:
+    """[B, T] int32: the segments of rows that are packed, a new one wherever a position does not follow the last.
+
+    As find_packed_sequence_indices in transformers/masking_utils.py, for rows without a mask and without a cache.
+    """
+    begins = jnp.diff(position_ids, axis=1) != 1
+    return jnp.pad(jnp.cumsum(begins, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def token_slots(cache: KVCache | None, T: int) -> jax.Array:

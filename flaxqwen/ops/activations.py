@@ -14,7 +14,12 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
-ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
+def _rounded_once(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """The function in float32 of narrower values, rounded last, as in PyTorch; jax.nn's round in between."""
+    return lambda x: function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
+_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "gelu": gelu,
@@ -25,3 +30,5 @@ ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
 }
+
+ACTIVATION = {name: _rounded_once(function) for name, function in _FUNCTIONS.items()}

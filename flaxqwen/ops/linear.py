@@ -171,7 +171,8 @@ class Embed(nn.Module):
             x = x * jnp.take(self.scale, ids, axis=0)
         x = x.astype(self.dtype or x.dtype)
         if self.padding_idx is not None:
-            x = jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
+            padding = self.padding_idx % self.vocab_size  # -1 is the last row, as in PyTorch
+            x = jnp.where((ids == padding)[..., None], jax.lax.stop_gradient(x), x)
         return adapt_embedding(self, ids, x)
 
     def attend(self, x: jax.Array) -> jax.Array:

@@ -92,7 +92,8 @@ def _yarn(rope: RopeParameters, dim: int, max_positions: int) -> tuple[np.ndarra
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
-    if rope.truncate is not False:
+    # A null of config.json is false in Transformers; what is not there is true.
+    if "truncate" not in rope.extra if rope.truncate is None else rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     high = high + 0.001 if high == low else high

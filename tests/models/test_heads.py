@@ -114,3 +114,26 @@ def test_question_answering(outside, rng):
     close(got.start_logits, want.start_logits, where=mask.astype(bool))
     close(got.end_logits, want.end_logits, where=mask.astype(bool))
     same(got.loss, want.loss)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "shape"),
+    [("multi_label_classification", 1, (2,)), ("multi_label_classification", 3, (1, 3)), ("regression", 4, (8,))],
+)
+def test_scores_need_a_label_each(kind, count, shape):
+    """As in PyTorch: nothing is broadcast, and nothing brought into another shape."""
+    with pytest.raises(ValueError, match=rf"labels are .*; expected \[2, {count}\], one for each score"):
+        sequence_classification_loss(jnp.zeros((2, count)), jnp.zeros(shape), kind)
+
+
+def test_a_negative_padding_is_counted_from_the_end(rng):
+    """nn.Embedding(padding_idx=-1) is the last row, of which a lookup trains nothing."""
+    theirs, module, params = pair("Qwen2ForTokenClassification", Qwen2ForTokenClassification, pad_token_id=-1)
+    ids = random_ids(rng, (2, 5))
+    ids[0, 3] = 330
+    labels = rng.integers(0, 2, ids.shape).astype(np.int32)
+    theirs(input_ids=th(ids), labels=th(labels)).loss.backward()
+    gradient = jax.grad(lambda p: module.apply({"params": p}, ids, labels=labels).loss)(params)
+    found = gradient["model"]["embed_tokens"]["weight"]
+    close(found, theirs.model.embed_tokens.weight.grad, 1e-4)
+    assert not np.any(found[330])

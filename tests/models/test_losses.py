@@ -50,6 +50,24 @@ def test_loss_and_gradients_are_torchs(inputs):
         close(of_weights[name], tensor.grad, 1e-5)
 
 
+@pytest.mark.parametrize("label", [-1, -101, V, 99999])
+def test_labels_that_are_no_class_are_seen(inputs, label):
+    """The loss and each gradient that it is in are NaN, where PyTorch raises: no step is taken by the others alone."""
+    weights, hidden, labels = inputs
+    labels = labels.at[1, 2].set(label)
+
+    def plain(w: Any, x: jax.Array) -> jax.Array:
+        return cross_entropy(project(w, x), labels, num_items=1)
+
+    for loss in (plain, lambda w, x: chunked_cross_entropy(project, w, x, labels)):
+        value, (of_weights, of_hidden) = jax.value_and_grad(loss, argnums=(0, 1))(weights, hidden)
+        assert np.isnan(value)
+        assert np.isnan(of_weights["weight"]).any()
+        rows = np.isnan(of_hidden).all(-1)
+        assert rows[1, 2]
+        assert rows.sum() == 1
+
+
 def test_logits_are_computed_once_and_frozen_weights_have_no_gradient(inputs):
     """The products with the table: the logits, the gradient to what the head reads, and, if trained, to the table."""
     weights, hidden, labels = inputs

@@ -25,6 +25,7 @@ ROPES = {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
         "mscale": 0.8, "mscale_all_dim": 0.5, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False,
     },
+    "yarn-null": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": None},
     "yarn-attention-factor": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.3,
     },
@@ -273,6 +274,10 @@ def test_packed_rows_equal_separate_ones(rng):
     got = module.apply({"params": params}, ids, position_ids=positions, segment_ids=segments)
     assert got.past_key_values is None
     close(got.logits, np.concatenate([theirs_of(theirs, input_ids=p).logits.numpy() for p in pieces], axis=1))
+    for use_cache in (False, True):  # without segment_ids, as Transformers finds them: where there is no cache
+        want = theirs_of(theirs, input_ids=ids, position_ids=positions, use_cache=use_cache).logits
+        close(module.apply({"params": params}, ids, position_ids=positions, use_cache=use_cache).logits, want)
+        assert (np.abs(got.logits - want.numpy()).max() < 1e-3) == (not use_cache)
 
 
 def test_base_model_and_outputs(rng):
