@@ -230,7 +230,7 @@ def run(
     queue: deque[Any] = deque()
     while True:
         late = seconds is not None and bool(agree(time.monotonic() - begun > seconds))
-        ready = steps.take(late)
+        ready = steps.take()
         lengths = np.full(B, request.length + steps.shortest - 1, np.int32)
         if ready is not None:
             yield ready, state.rows.cache.replace(length=lengths, bound=None)
@@ -324,13 +324,13 @@ class Steps:
                         rows[row] += list(values[index, row, :count])
             self.finished = output.finished[index].reshape(-1)
 
-    def take(self, last: bool) -> Any:
-        """The steps that all rows have, or have ended before, [steps, B, ...]; with `last` those of any row.
+    def take(self) -> Any:
+        """The steps that all rows have, or have ended before, [steps, B, ...].
 
         Returns a StepOutput of numpy arrays, or None.
         """
         open_rows = [len(tokens) for row, tokens in enumerate(self.tokens) if not self._ended(row)]
-        until = self.longest if last or not open_rows else min(open_rows)
+        until = min(open_rows) if open_rows else self.longest
         begin, self.given = self.given, max(until, self.given)
         if self.given == begin:
             return None

@@ -48,7 +48,8 @@ def run_custom(
 ) -> Any:
     """What custom_generate(model, input_ids, ...) returns.
 
-    Of these it gets, by name, those that it takes: input_ids and attention_mask [B x num_return_sequences, P];
+    Of these it gets, by name, those that it takes: input_ids and attention_mask [B x copies, P], copies of
+    each row as many as the larger of num_beams and num_return_sequences;
     generation_config, where all is resolved; logits_processor and stopping_criteria, lists of callables
     (input_ids, scores) for all that the call asks for; inputs_embeds, past_key_values, streamer, tokenizer; of audio
     input_features and feature_attention_mask, not encoded yet; and its own arguments. As in Transformers, where it is
@@ -58,7 +59,7 @@ def run_custom(
         raise ValueError("guidance_scale cannot go with custom_generate: it is part of the compiled loop")
     if control.grammar is not None:
         raise ValueError("regex and json_schema cannot go with custom_generate: they are part of the compiled loop")
-    copies = options.num_return_sequences
+    copies = max(options.num_beams, options.num_return_sequences)
     expanded = request.repeat(copies)
     choice = make_choice(request, options, copies, model.config.get_text_config().vocab_size, control)
     if isinstance(model.config, Qwen2AudioConfig) and arguments["input_features"] is not None:

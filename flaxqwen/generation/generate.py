@@ -283,13 +283,17 @@ def prepare(
         max_position_embeddings=config.max_position_embeddings,
         arguments=ARGUMENTS,
     )
-    resolved = settle(input_length=shape[1])
+    # Where prompts are embeddings alone, the default length counts new tokens, and so does its bound.
+    context = config.max_position_embeddings + (shape[1] if ids is None else 0)
+    resolved = settle(input_length=shape[1], max_position_embeddings=context)
     if resolved.token_healing:
         ids, attention_mask = _healed(model, ids, embeds, attention_mask, resolved, tokenizer)
         shape = ids.shape
         resolved = settle(input_length=shape[1])
     if ids is None:
         ids, resolved = np.zeros((shape[0], 0), np.int32), _without_ids(resolved)
+    if embeds is not None:
+        resolved = _without_prompt(resolved)
     mask = check_attention_mask(attention_mask, ids, resolved, shape)
     if embeds is not None and past_key_values is not None:
         raise ValueError("inputs_embeds cannot go with past_key_values: the cache is matched by token ids")
@@ -332,9 +336,16 @@ def _healed(
 
 def _without_ids(options: ResolvedConfig) -> ResolvedConfig:
     """The options where prompts are embeddings alone: what is returned, counted and looked at are the new tokens."""
-    if options.encoder_repetition_penalty != 1.0 or options.encoder_no_repeat_ngram_size > 0:
-        warnings.warn("the encoder_ options look at the prompt's input_ids: without them they do nothing", stacklevel=5)
     return replace(options, max_length=options.max_new_tokens, min_length=options.min_new_tokens)
+
+
+def _without_prompt(options: ResolvedConfig) -> ResolvedConfig:
+    """The options where the prompts are embeddings, whose tokens, if there are any, the encoder_ options do not see."""
+    if options.encoder_repetition_penalty != 1.0 or options.encoder_no_repeat_ngram_size > 0:
+        warnings.warn(
+            "the encoder_ options look at prompts of input_ids: beside inputs_embeds they do nothing", stacklevel=5
+        )
+    return replace(options, encoder_repetition_penalty=1.0, encoder_no_repeat_ngram_size=0)
 
 
 def _warn(total: int, context: int, control: Control) -> None:

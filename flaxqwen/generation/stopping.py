@@ -49,21 +49,24 @@ def make_stopping(
     # Transformers' own are done without calling them; they take the place of what the options say.
     known: dict[str, list[Any]] = {"MaxLengthCriteria": [], "MaxTimeCriteria": [], "EosTokenCriteria": []}
     own: list[Any] = []
+    stop_strings = options.stop_strings
     for call in calls:
         function = _function(call)
         kind = type(function).__name__ if type(function).__module__.startswith("transformers.") else ""
         if kind in known:
             known[kind].append(function)
-        else:
-            own.append(call)
+            continue
+        own.append(call)
+        if kind == "StopStringCriteria":
+            stop_strings = None
     if lengths := [criterion.max_length for criterion in known["MaxLengthCriteria"]]:
         options = _with_length(options, min(lengths))
     if times := [criterion.initial_timestamp + criterion.max_time for criterion in known["MaxTimeCriteria"]]:
         seconds = min(times) - time.time()
     if ends := [np.asarray(criterion.eos_token_id).reshape(-1) for criterion in known["EosTokenCriteria"]]:
         eos = tuple(np.unique(np.concatenate(ends)).tolist())
-    if options.stop_strings is not None:
-        own.append(stop_strings_of(tokenizer, options.stop_strings, vocab_size))
+    if stop_strings is not None:
+        own.append(stop_strings_of(tokenizer, stop_strings, vocab_size))
     host = tuple(call for call in own if isinstance(call, HostCall))
     traced = tuple(call for call in own if not isinstance(call, HostCall))
     return Stopping(traced, host, eos, seconds, fills), options

@@ -97,6 +97,23 @@ def test_their_clock_ends_drafting(ours, rng):
         assert mine.generate(ids, stopping_criteria=late, **how, **GREEDY).shape == (1, 10)
 
 
+def test_rows_end_together_when_the_time_is_up(ours, rng, monkeypatch):
+    """What one row has drafted beyond another is left out: nothing stands in for tokens that were not made."""
+    _, mine, _, _ = random_models(ours, rng)
+    ids = np.concatenate([np.tile(random_ids(rng, (1, 3), VOCAB), (1, 4)), random_ids(rng, (1, 12), VOCAB)])
+    options = {"max_new_tokens": 60, "do_sample": False, "prompt_lookup_num_tokens": 6}
+    whole = mine.generate(ids, **options)
+    lengths = set()
+    for calls in range(2, 12):  # of the clock, one a round
+        ticks = iter([0.0] * calls)
+        with monkeypatch.context() as patch:
+            patch.setattr(assisted.time, "monotonic", lambda ticks=ticks: next(ticks, 100.0))
+            got = mine.generate(ids, max_time=50.0, **options)
+        np.testing.assert_array_equal(got, whole[:, : got.shape[1]])
+        lengths.add(got.shape[1])
+    assert len(lengths) > 3
+
+
 def test_lookup_is_theirs(ours, rng):
     """30 models, on prompts of few tokens; penalties below 1 favour what has been there."""
     for index in range(30):

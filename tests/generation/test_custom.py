@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import jax
@@ -374,6 +375,42 @@ def test_custom_generate(rng, pair_of_models):
         mine.generate(ids, custom_generate=loop, scales=2.0)
     with pytest.raises(ValueError, match="code of the hub is not run"):
         mine.generate(ids, custom_generate="someone/decoding")
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_rows_of_custom_generate(options, rng, pair_of_models):
+    """As many copies of each prompt as Transformers makes."""
+    theirs, mine = pair_of_models
+    ids = random_ids(rng, (2, 5))
+
+    def shape(model, input_ids, logits_processor, stopping_criteria, generation_config, **rest):
+        return tuple(input_ids.shape)
+
+    want = theirs.generate(th(ids), custom_generate=shape, max_new_tokens=3, do_sample=False, **options)
+    assert mine.generate(ids, custom_generate=shape, max_new_tokens=3, **options) == want
+
+
+@pytest.mark.parametrize("option", [{"encoder_repetition_penalty": 3.0}, {"encoder_no_repeat_ngram_size": 1}])
+def test_encoder_options_do_not_see_embeddings(option, rng, pair_of_models):
+    theirs, mine = pair_of_models
+    ids = random_ids(rng, (2, 6))
+    embeds = np.asarray(mine.params["model"]["embed_tokens"]["weight"])[ids]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = theirs.generate(th(ids), inputs_embeds=th(embeds), max_new_tokens=8, do_sample=False, **option)
+    with pytest.warns(UserWarning, match="beside inputs_embeds they do nothing"):
+        np.testing.assert_array_equal(mine.generate(ids, inputs_embeds=embeds, max_new_tokens=8, **option), want)
+
+
+def test_the_default_length_of_embeddings_counts_new_tokens(rng, pair_of_models):
+    """Up to max_position_embeddings, 128 here."""
+    theirs, mine = pair_of_models
+    embeds = rng.normal(size=(1, 120, 64)).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = theirs.generate(inputs_embeds=th(embeds), do_sample=False)
+        got = mine.generate(inputs_embeds=embeds)
+    np.testing.assert_array_equal(got, want)
 
 
 EMBEDS = np.zeros((1, 2, 64), np.float32)

@@ -214,6 +214,23 @@ def test_several_criteria_of_theirs(rng, pair_of_models):
         np.testing.assert_array_equal(mine.generate(ids, **options), want)
 
 
+@pytest.mark.filterwarnings(HOST)
+def test_their_stop_strings_replace_ours(tokenizer, rng, pair_of_models):
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    theirs, mine = pair_of_models
+    ids = random_ids(rng, (1, 6))
+    _, bias = likely(tokenizer)
+    options = {"sequence_bias": bias, "tokenizer": tokenizer, "max_new_tokens": 12}
+    first = tokenizer.decode(mine.generate(ids, **options)[0, 6:7])
+    options["stop_strings"] = [first]
+    assert mine.generate(ids, **options).shape == (1, 7)
+    options["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer, ["never"])])
+    want = theirs.generate(th(ids), do_sample=False, **options)
+    assert want.shape == (1, 18)
+    np.testing.assert_array_equal(mine.generate(ids, **options), want)
+
+
 def test_their_clock_starts_when_they_say(pair_of_models):
     import transformers
 
