@@ -18,7 +18,7 @@ from flaxqwen.hub import resolve_adapter
 from flaxqwen.lora import LoraConfig, adapted_module, init_adapter, make_variables, read_adapter, write_adapter
 from flaxqwen.lora.files import check_tensors, place_tensors
 from flaxqwen.lora.merge import merged_params
-from flaxqwen.lora.mixed import mix_adapters
+from flaxqwen.lora.mixed import BASE, mix_adapters
 from flaxqwen.lora.tree import Tree, to_tensors, with_own_head
 from flaxqwen.models.qwen2_audio import ENCODER_PARTS
 from flaxqwen.sharding import module_sharding
@@ -221,7 +221,8 @@ class AdapterMethods:
                 raise ValueError(f"adapter {name!r} adapts the audio tower, whose clips are no rows: set_adapter it")
         sharding = module_sharding(self.module)
         heads = None if sharding is None else sharding.heads
-        stack = mix_adapters(self.adapters.loaded, list(adapter_names) * copies, heads)
+        names = list(adapter_names) if self.adapters.enabled else [BASE] * rows
+        stack = mix_adapters(self.adapters.loaded, names * copies, heads)
         # On the devices once, not with each of a call's programs.
         lora = jax.device_put(stack, None if sharding is None else sharding.of((), ()))
         module = adapted_module(self._base_module, [tree for _, tree in self.adapters.loaded.values()])
@@ -259,6 +260,8 @@ class AdapterMethods:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]  # Model, which mixes this in, is one
 
     def _check_new(self, name: str) -> None:
+        if name == BASE:
+            raise ValueError(f"{BASE} is the model without adapters in adapter_names: give another name")
         if name in self.adapters.loaded:
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
         if self.adapters.merged:

@@ -77,9 +77,9 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def gather(x: jax.Array) -> np.ndarray:
+def gather(x: jax.Array | np.ndarray) -> np.ndarray:
     """The whole of an array, in every process; all of them call."""
-    if x.is_fully_addressable or x.is_fully_replicated:
+    if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils
 

@@ -83,6 +83,20 @@ class LoraConfig:
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform goes with a list of target_modules, not with a regular expression")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern goes with layers_to_transform, as in peft: give both")
+        self._check_expressions()
+
+    def _check_expressions(self) -> None:
+        """ValueError for what is no regular expression where one is read."""
+        given = [name for name in (self.target_modules, self.exclude_modules) if isinstance(name, str)]
+        patterns = self.layers_pattern or ()
+        given += [patterns] if isinstance(patterns, str) else patterns
+        for expression in (*given, *self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{expression!r} is no regular expression: {error}") from None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
@@ -165,17 +179,21 @@ class LoraConfig:
         if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
             is_head = module == "lm_head" or (module == "score" and self.notes.get("task_type") == "SEQ_CLS")
             return is_linear and not is_head
+        if not isinstance(wanted, str) and module in wanted:  # a whole name is in any layer
+            return True
         return _named(wanted, module) and self._transforms(module)
 
     def _transforms(self, module: str) -> bool:
         """Whether a module is in one of layers_to_transform, if they are given."""
         if self.layers_to_transform in (None, ()):
             return True
-        given = self.layers_pattern or r"[^.]*"
+        given = self.layers_pattern or ()
         patterns = (given,) if isinstance(given, str) else given
-        found = next(filter(None, (re.match(rf".*?\.{pattern}\.(\d+)\.", module) for pattern in patterns)), None)
+        places = [rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\." for pattern in patterns]
+        places = places or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
+        found = next(filter(None, (re.match(place, module) for place in places)), None)
         wanted = self.layers_to_transform
-        return found is not None and int(found[1]) in ((wanted,) if isinstance(wanted, int) else wanted or ())
+        return found is not None and int(found["layer"]) in ((wanted,) if isinstance(wanted, int) else wanted or ())
 
 
 def _named(names: tuple[str, ...] | str | None, module: str) -> bool:

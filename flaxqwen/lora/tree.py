@@ -29,6 +29,8 @@ from flaxqwen.sharding import Sharding, module_sharding
 Tree = dict[str, Any]
 Path = tuple[str, ...]
 EMBEDDINGS = ("embed_tokens", "embed_positions")
+# What peft writes besides where it trains a vocabulary that has grown (save_embedding_layers).
+VOCABULARY = (("model", "embed_tokens", "weight"), ("lm_head", "weight"))
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def adapter_shapes(
             needed[path] = shape
         elif path[:-1] in adapted and (path[-1] == "weight" or config.bias != "none"):
             optional[*path[:-1], BASE_LAYER, path[-1]] = shape
-        elif path[-1] == "bias" and config.bias == "all":
+        elif (path[-1] == "bias" and config.bias == "all") or path in VOCABULARY:
             optional[path] = shape
     return needed, optional
 

@@ -45,6 +45,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "exclude_modules": ["up_proj"],
     },
     "layers": {"r": 4, "target_modules": ["k_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "whole-names": {"r": 3, "target_modules": ["o_proj", "lm_head"], "layers_to_transform": 1},
+    "layers-group": {
+        "r": 4,
+        "target_modules": ["k_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "(model.layers|layers)",
+    },
     "saved": {"r": 4, "target_modules": ["k_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
     "head": {"r": 4, "target_modules": ["lm_head", "gate_proj"], "lora_bias": True},
     "embedding": {"r": 4, "target_modules": ["embed_tokens", "o_proj"]},
@@ -130,6 +137,44 @@ def add_biases(theirs_adapted: Any, folder: Path) -> None:
     biases = {name: tensor.numpy() for name, tensor in state.items() if name.endswith("q_proj.base_layer.bias")}
     assert biases
     save_file(load_file(path) | biases, path, metadata={"format": "pt"})
+
+
+def test_embeddings_that_peft_saves_besides(untied, tmp_path, rng):
+    """As it does after a vocabulary has grown: they take the place of the base's."""
+    theirs, model = untied
+    ids = random_ids(rng, (2, 9), 97)
+    adapted = adapter_of_peft(theirs, tmp_path, seed=int(rng.integers(1 << 30)), **KINDS["plain"])
+    with torch.no_grad():
+        for module in (adapted.get_input_embeddings(), adapted.get_output_embeddings()):
+            module.weight.add_(0.1 * torch.randn_like(module.weight))
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    close(model.load_adapter(tmp_path)(ids).logits, logits_of(adapted, ids))
+
+
+def test_disabled_adapters_are_so_for_each_row(untied, tmp_path, rng):
+    theirs, model = untied
+    ids = random_ids(rng, (2, 5), 97)
+    adapter_of_peft(theirs, tmp_path, **KINDS["plain"])
+    disabled = model.load_adapter(tmp_path, "a").disable_adapters()
+    close(disabled(ids, adapter_names=["a", "__base__"]).logits, model(ids).logits, 1e-6)
+
+
+def test_adapters_of_numpy_are_saved(untied, tmp_path):
+    _, model = untied
+    made = model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    made.save_adapter(tmp_path / "a")
+    made.replace_adapter("default", jax.tree.map(np.asarray, made.adapter())).save_adapter(tmp_path / "b")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"target_modules": "["}, {"exclude_modules": "("}, {"rank_pattern": {"(": 3}}, {"alpha_pattern": {"*": 3}}],
+)
+def test_expressions_that_are_none(field):
+    with pytest.raises(ValueError, match="is no regular expression"):
+        LoraConfig(**{"target_modules": ["q_proj"]} | field)
 
 
 def test_real_adapter(shared, tmp_path, rng):
