@@ -38,7 +38,8 @@ def read_examples(lines: Iterable[str], tokenizer: Any) -> Iterator[Example]:
         for number, line in batch:
             try:
                 texts.append(_to_text(json.loads(line), tokenizer))
-            except (ValueError, KeyError, TypeError) as error:
+                texts[-1][0].encode()  # a lone half of a surrogate pair, which JSON can have, is no text
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"line {number}: {error}") from None
         yield from _to_examples(texts, tokenizer)
 

@@ -93,8 +93,10 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0, and finite")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1")
@@ -275,7 +277,8 @@ class Evaluation:
             sums = self._step(variables, batch)
             loss, items = loss + float(sums["loss"]), items + float(sums["items"])
         mean = loss / max(items, 1)
-        return {"eval_loss": mean, "perplexity": math.exp(mean)}
+        with np.errstate(over="ignore"):  # a run that diverges goes on to its checkpoint
+            return {"eval_loss": mean, "perplexity": float(np.exp(mean))}
 
 
 class _Clock:

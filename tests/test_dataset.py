@@ -63,7 +63,18 @@ def test_tools_are_in_the_prompt(tokenizer):
 UNASKED = json.dumps({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]})
 
 
-@pytest.mark.parametrize("bad", ['{"messages": []}', '{"messages": [{"role": "user"}]}', UNASKED, "[]", "{"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"messages": []}',
+        '{"messages": [{"role": "user"}]}',
+        UNASKED,
+        "[]",
+        "{",
+        '{"text": "a\\ud800"}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
 def test_a_bad_line_is_named(tokenizer, bad: str):
     with pytest.raises(ValueError, match=r"^line 3: "):
         list(read_examples(['{"text": "a"}', "", bad], tokenizer))

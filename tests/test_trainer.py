@@ -135,6 +135,19 @@ def test_evaluations_are_logged(rng: np.random.Generator, tmp_path: Path):
     assert records[-1]["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
 
 
+def test_a_run_that_diverges_is_saved(rng: np.random.Generator, tmp_path: Path):
+    """A loss whose exponential is no number."""
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
+    params["lm_head"]["weight"] *= 3000
+    model = Model(module, params, module.config, GenerationConfig())
+    changes = {"steps": 1, "lora": KINDS["plain"]}
+    train(model, make_rows(rng), tmp_path, TrainingOptions(**(OPTIONS | changes)), held_out=make_rows(rng))
+    assert any((tmp_path / "checkpoints").iterdir())
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["eval_loss"] > 710
+    assert record["perplexity"] == np.inf
+
+
 def test_models_that_cannot_be_trained_whole(rng: np.random.Generator, tmp_path: Path):
     _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
     model = Model(module, params, module.config, GenerationConfig())
@@ -146,7 +159,18 @@ def test_models_that_cannot_be_trained_whole(rng: np.random.Generator, tmp_path:
         train(quantized, make_rows(rng), tmp_path / "run", TrainingOptions(**OPTIONS))
 
 
-@pytest.mark.parametrize(("name", "value"), [("learning_rate", 0.0), ("epochs", 0), ("beta1", 1.0), ("beta2", -0.1)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", np.inf),
+        ("epochs", 0),
+        ("epochs", np.inf),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("seed", 2**32),
+    ],
+)
 def test_options_that_would_train_nothing(name: str, value: Any):
     with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
         TrainingOptions(**{name: value})

@@ -175,6 +175,8 @@ def test_adapters_of_numpy_are_saved(untied, tmp_path):
 def test_expressions_that_are_none(field):
     with pytest.raises(ValueError, match="is no regular expression"):
         LoraConfig(**{"target_modules": ["q_proj"]} | field)
+    with pytest.raises(ValueError, match="layers_pattern goes with layers_to_transform, as in peft"):
+        LoraConfig(target_modules=["q_proj"], layers_pattern="layers")
 
 
 def test_real_adapter(shared, tmp_path, rng):
