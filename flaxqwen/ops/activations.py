@@ -15,8 +15,12 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _rounded_once(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """The function in float32 of narrower values, rounded last, as in PyTorch; jax.nn's round in between."""
-    return lambda x: function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+    """The function in float32 of narrower values, rounded last, as in PyTorch; jax.nn's round in between.
+
+    For its gradient the narrow values are kept, not those in float32.
+    """
+    wide = jax.checkpoint(lambda x: function(x.astype(jnp.float32)).astype(x.dtype), prevent_cse=False)
+    return lambda x: wide(x) if jnp.finfo(x.dtype).bits < 32 else function(x)
 
 
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
