@@ -32,6 +32,8 @@ def check(
 ) -> Checked:
     """Check the checkpoint in a folder: its files and their index, the tensors it should have, and its checksums.json.
 
+    Of a file, the tensors are checked, and the checksums.json beside it with all that it names.
+
     Args:
       expected: the shape of every parameter of its model, by its path.
       progress: called with the bytes done and the bytes in all.
@@ -41,8 +43,9 @@ def check(
       CheckpointError: what is wrong; of tensors and of files, all are listed.
       OSError: a file cannot be read.
     """
-    folder = Path(folder)
-    with open_checkpoint(folder) as checkpoint:
+    source = Path(folder)
+    folder = source if source.is_dir() else source.parent
+    with open_checkpoint(source) as checkpoint:
         if expected is not None:
             match(checkpoint, expected)
         tensors = len(checkpoint.tensors)

@@ -153,10 +153,13 @@ class Checkpoint:
     def _from_flax(self, leaves: dict[tuple[str, ...], StoredTensor], layout: Layout) -> dict[str, StoredTensor]:
         """Tensors in the checkpoint's layout from the leaves of a Flax tree."""
         self.format, self.layout = "flax", layout
-        tensors = {}
-        for path, tensor in leaves.items():
-            path, is_transposed = from_linen(path) if layout == "linen" else (path, False)
-            tensors[to_name(path)] = tensor.T if is_transposed else tensor
+        tensors: dict[str, StoredTensor] = {}
+        for stored, tensor in leaves.items():
+            path, is_transposed = from_linen(stored) if layout == "linen" else (stored, False)
+            name = to_name(path)
+            if name in tensors:
+                raise CheckpointError(f"{self.path}: {name} stands twice, the second time as {'/'.join(stored)}")
+            tensors[name] = tensor.T if is_transposed else tensor
         return tensors
 
 
@@ -187,7 +190,7 @@ def _read_index(path: Path) -> dict[str, str]:
     """The map tensor name -> shard of an index, with every shard a file of this folder."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     weight_map: Any = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

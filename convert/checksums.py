@@ -59,7 +59,7 @@ def from_json(entries: Any) -> dict[str, Sum]:
     """
     try:
         return {str(name): Sum(int(e["bytes"]), int(e["crc32"], 16)) for name, e in entries.items()}
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"not a map of names to bytes and crc32: {error!r}") from None
 
 
@@ -80,5 +80,5 @@ def read_checksums(folder: Path) -> dict[str, Sum] | None:
     try:
         found = json.loads(path.read_bytes())
         return from_json(found["files"] if isinstance(found, dict) else None)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid: {error}") from None

@@ -84,7 +84,8 @@ def convert(
       FileNotFoundError: there is no checkpoint.
       FileExistsError: the destination is not empty, or is the source.
       CheckpointError: the checkpoint is corrupt, does not fit `expected`, or holds what is not supported.
-      OSError: a file cannot be read or written. The destination is then as it was before.
+      OSError: a file cannot be read or written, and the destination is as it was before; or another process is
+        writing it.
     """
     src, dst = Path(src), Path(dst)
     check_options(to, format, layout, max_shard_size)
@@ -109,6 +110,7 @@ def convert(
             sizes = {name: len(data) for name, data in companions.items()}
             return sizes | {name: file.nbytes for name, file in files.items()}
         with Staging(dst, counter(tensors, progress), key) as staging:
+            _check_destination(source, dst, key, force)  # again: another process may just have filled it
             for name, data in companions.items():
                 staging.write_bytes(name, data)
             write_weights(staging, tensors, to, format, layout, max_shard_size)
@@ -187,7 +189,7 @@ def _edit_config(path: Path, text: bytes, dtype: np.dtype | None, quantize: Sche
     """A config.json that says `dtype`, in the keys it has for it, and how weights are quantized."""
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds {type(config).__name__}, expected an object")

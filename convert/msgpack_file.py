@@ -72,7 +72,7 @@ def _join_chunks(file: MappedFile, path: Path, node: dict[str, Any]) -> StoredTe
         shape = tuple(node["shape"][str(i)] for i in range(len(node["shape"])))
         pieces = [node["chunks"][str(i)] for i in range(len(node["chunks"]))]
         extents = tuple(extent for piece in pieces for extent in piece.extents)
-        dtype = pieces[0].dtype
+        (dtype,) = {piece.dtype for piece in pieces}
         if math.prod(shape) * dtype.itemsize != sum(size for _, size in extents):
             raise ValueError("the sizes do not add up")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
@@ -96,6 +96,8 @@ class _Reader:
                 key = self.node()
                 if not isinstance(key, str):
                     raise CheckpointError(f"{self.file.path}: {key!r} is a key of the tree, expected a string")
+                if key in found:
+                    raise CheckpointError(f"{self.file.path}: the key {key!r} stands twice in a map of the tree")
                 found[key] = self.node()
             return found
         if kind == "list":

@@ -231,7 +231,7 @@ def _read_tree(path: Path) -> tuple[dict[str, Any], list[ParameterPath]]:
         }
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not there; expected an orbax checkpoint of a tree of arrays") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the metadata of an orbax checkpoint: {error!r}") from None
     wrong = [f"{'.'.join(leaf)} is {kind}" for leaf, kind in kinds.items() if kind not in ("jax.Array", "np.ndarray")]
     if wrong:

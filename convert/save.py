@@ -60,7 +60,7 @@ def save_params(
     Raises:
       ValueError: options that do not fit each other; a dtype that cannot be stored.
       FileExistsError: the folder holds weights of the other framework, which would be stale.
-      OSError: a file cannot be written.
+      OSError: a file cannot be written, or another process is writing the folder.
     """
     folder = Path(folder)
     refuse_others(folder, to)
@@ -68,6 +68,7 @@ def save_params(
     if dtype is not None:
         tensors = {name: cast(tensor, weight_dtype(dtype)) for name, tensor in tensors.items()}
     with Staging(folder, counter(tensors, progress)) as staging:
+        refuse_others(folder, to)  # again: another process may just have written them
         write_weights(staging, tensors, to, format, layout, max_shard_size)
         staging.commit()
 
@@ -175,7 +176,8 @@ def parse_size(size: int | str) -> int:
     except (ValueError, OverflowError):
         count = 0
     if count <= 0:
-        raise ValueError(f"{size!r} is not a size: expected bytes or a positive number with {', '.join(UNITS)}")
+        expected = f"with {', '.join(UNITS)}, such as '5GB'" if isinstance(size, str) else "of bytes"
+        raise ValueError(f"{size!r} is not a size: expected a positive number {expected}")
     return count
 
 

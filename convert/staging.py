@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,11 @@ from types import TracebackType
 
 from flaxqwen.convert.checksums import CHECKSUMS, Sum, encode, from_json, sum_of_file, to_json
 from flaxqwen.convert.writer import Writer
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: nothing keeps two processes apart
+    fcntl = None  # type: ignore[assignment]
 
 ORBAX = "orbax_model"  # the folder of an orbax checkpoint, beside config.json
 
@@ -46,6 +52,8 @@ class Staging:
     process that is killed leaves its temporaries, and a journal of the sums of those that are finished. The next one
     with the same key takes these over, if they still have their sums; one with another key, or none, begins anew.
 
+    The folder is locked meanwhile: another Staging of it, in whatever process, is an OSError.
+
     folder: where to; made if need be.
     report: takes the bytes of each write.
     key: stands for all that the files are made of.
@@ -61,17 +69,23 @@ class Staging:
         self._written: list[str] = []
         self._sums: dict[str, Sum] = {}
         self._created: list[Path] = []
+        self._lock: int | None = None
         self._is_committed = False
 
     def __enter__(self) -> Staging:
         missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder)
         self._created = missing
-        self._finished = read_journal(self.folder, self._key)
-        if not self._finished:  # what lies in a temporary folder would go with it
-            for path in self.folder.glob(TEMPORARY.format("*")):
-                if path.is_dir():
-                    shutil.rmtree(path)
+        try:
+            self._finished = read_journal(self.folder, self._key)
+            if not self._finished:  # what lies in a temporary folder would go with it
+                for path in self.folder.glob(TEMPORARY.format("*")):
+                    if path.is_dir():
+                        shutil.rmtree(path)
+        except BaseException:
+            _unlock(self._lock)
+            raise
         return self
 
     @property
@@ -116,16 +130,23 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._is_committed:
-            return
+        try:
+            if not self._is_committed:
+                self._undo()
+        finally:
+            _unlock(self._lock)
+
+    def _undo(self) -> None:
+        """Leave the folder as it was."""
         for top in set(map(_top, (*self._written, *self._finished))):
             _remove(self._temporary(top))
         _remove(self._temporary("new-journal"))  # of a disk that was full just then
         # Where a killed process has begun to put files in their places, they are told by the journal alone.
         if not any((self.folder / name).exists() for name in self._finished):
             (self.folder / JOURNAL).unlink(missing_ok=True)
-        for folder in self._created:
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # since it was made, another process has put something there
+            for folder in self._created:
+                folder.rmdir()
 
     def _write(self, name: str, fill: Callable[[Writer], None]) -> None:
         self._written.append(name)
@@ -188,7 +209,7 @@ def read_journal(folder: Path, key: str | None) -> dict[str, Sum]:
     try:
         journal = json.loads((folder / JOURNAL).read_bytes())
         return from_json(journal["files"]) if journal["key"] == key else {}
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not whole: nothing is finished
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not whole: nothing is finished
         return {}
 
 
@@ -198,6 +219,32 @@ def is_occupied(folder: Path, besides: Collection[str] = ()) -> bool:
     return folder.is_dir() and any(
         not _TEMPORARY.fullmatch(path.name) and path.name not in tops for path in folder.iterdir()
     )
+
+
+def _lock(folder: Path) -> int | None:
+    """Keep others from writing a folder until `_unlock`; the system does that for a process that is killed.
+
+    Raises:
+      OSError: another one is writing it.
+    """
+    if fcntl is None:
+        return None
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise OSError(f"{folder}: another process is writing it") from None
+    except OSError:  # a file system without locks, as NFS for folders: go on without
+        pass
+    return fd
+
+
+def _unlock(fd: int | None) -> None:
+    if fd is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)  # now, even where a fork still has the descriptor
+        os.close(fd)
 
 
 def _top(name: str) -> str:

@@ -8,6 +8,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,9 @@ def test_index_and_shards_must_agree(tmp_path: Path):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{", "[" * 100_000], ids=range(7)
+)
 def test_a_broken_index_is_one_line(tmp_path: Path, text: str):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json: (has no weight_map|not valid JSON)[^\n]*$"):
@@ -253,6 +256,58 @@ def test_other_bin_files_are_refused(tmp_path: Path, torch: Any, monkeypatch: py
         open_checkpoint(path)
 
 
+def rewrite(path: Path, compression: int = zipfile.ZIP_STORED, reverse: bool = False, **changes: bytes) -> None:
+    """Write a zip file again, record by record, as a tool that knows nothing of torch does."""
+    with zipfile.ZipFile(path) as old:
+        records = {info.filename: old.read(info) for info in old.infolist()}
+    names = sorted(records, reverse=reverse)
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name in names:
+            new.writestr(name, changes.get(name.rpartition("/")[2], records[name]))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_bin_that_another_tool_has_written_again_is_the_same(tmp_path: Path, torch: Any, reverse: bool):
+    tensors = random_tensors(layers=11)  # so that the order of the records' names is not that of the numbers
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(to_torch(torch, tensors), path)
+    rewrite(path, reverse=reverse)
+    assert_same(read_all(tmp_path), tensors)
+
+
+def test_a_bin_whose_zip_is_not_torchs_is_refused(tmp_path: Path, torch: Any):
+    """Compressed, of another byte order, with a record that is too small or stands twice: one line each."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(1000)}, path)
+    whole = path.read_bytes()
+
+    def repeat() -> None:
+        with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("pytorch_model/data/0", bytes(4000))
+
+    for spoil, message in (
+        (lambda: rewrite(path, zipfile.ZIP_DEFLATED), "data/0 is compressed or encrypted"),
+        (lambda: rewrite(path, byteorder=b"big"), "its byteorder is b'big', expected b'little'"),
+        (lambda: rewrite(path, **{"0": bytes(3996)}), "tensor 'a' ends at byte 4000 of data/0, which has 3996"),
+        (repeat, "stands twice"),
+    ):
+        path.write_bytes(whole)
+        spoil()
+        with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: [^\n]*{message}[^\n]*$"):
+            open_checkpoint(path)
+
+
+def test_tensors_without_plain_values_are_refused(tmp_path: Path, torch: Any):
+    for tensor, message in (
+        (torch.eye(3).to_sparse(), "'a' is torch.sparse_coo, expected a dense tensor"),
+        (torch.ones(2, device="meta"), "'a' has no values in the file"),
+        (torch.ones(2).untyped_storage(), "'a' is TypedStorage, expected a dense tensor"),
+    ):
+        torch.save({"a": tensor}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: {message}[^\n]*$"):
+            open_checkpoint(tmp_path)
+
+
 def test_without_torch_the_extra_is_named(tmp_path: Path, torch: Any):
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     code = "import sys; sys.modules['torch'] = None; from flaxqwen.convert import open_checkpoint; open_checkpoint('.')"
@@ -317,6 +372,10 @@ def test_msgpack_of_arrays_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyP
             {"a": {CHUNKED: True, "shape": {"0": 3}, "chunks": {"0": np.ones(2)}}},
             "a is not a valid",
         ),
+        (  # whose sizes add up in the dtype of the first piece
+            {"a": {CHUNKED: True, "shape": {"0": 6}, "chunks": {"0": np.ones(2, "f4"), "1": np.ones(2, "f8")}}},
+            "a is not a valid",
+        ),
     ],
 )
 def test_msgpack_of_something_else(tmp_path: Path, tree: Any, message: str):
@@ -332,6 +391,21 @@ def test_broken_msgpack(tmp_path: Path):
         path.write_bytes(data)
         with pytest.raises(CheckpointError, match=r"flax_model\.msgpack: corrupt msgpack[^\n]*$"):
             open_checkpoint(path)
+
+
+def test_a_key_that_stands_twice_in_msgpack(tmp_path: Path):
+    one, two = (flax.serialization.msgpack_serialize({"a": np.full(2, value)})[1:] for value in (1, 2))
+    (tmp_path / "flax_model.msgpack").write_bytes(b"\x82" + one + two)
+    with pytest.raises(CheckpointError, match=r"flax_model\.msgpack: the key 'a' stands twice[^\n]*$"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_parameter_in_both_layouts_is_refused(tmp_path: Path):
+    """Its kernel and its weight; which of them counts, nobody knows."""
+    tensors = {f"model/layers_0/mlp/up_proj/{leaf}": np.ones((2, 3), np.float32) for leaf in ("kernel", "weight")}
+    safetensors.numpy.save_file(tensors, tmp_path / "flax_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight stands twice[^\n]*/weight$"):
+        open_checkpoint(tmp_path)
 
 
 def test_pytorchs_safetensors_come_first(tmp_path: Path):

@@ -252,9 +252,19 @@ def test_options_that_do_not_fit(tmp_path: Path, options: dict, message: str):
 def test_sizes_are_those_of_transformers():
     sizes = {"5GB": 5 * 10**9, "200mb": 2 * 10**8, " 1.5 KB": 1500, 7: 7, "1TB": 10**12}
     assert {size: parse_size(size) for size in sizes} == sizes
-    for wrong in ("5", "", "GB", "-1GB", 0, "nanGB", "infGB", "5GiB"):
-        with pytest.raises(ValueError, match="is not a size"):
+    for wrong in ("5000", "", "GB", "-1GB", "nanGB", "infGB", "5GiB"):
+        with pytest.raises(ValueError, match="is not a size: expected a positive number with KB, MB, GB, TB, such as"):
             parse_size(wrong)
+    with pytest.raises(ValueError, match="0 is not a size: expected a positive number of bytes"):
+        parse_size(0)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000], ids=["open", "deep"])
+def test_a_broken_config_is_one_line(tmp_path: Path, text: str):
+    source(tmp_path / "src")
+    (tmp_path / "src/config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON: [^\n]*$"):
+        convert(tmp_path / "src", tmp_path / "dst", dtype="float32")
 
 
 def test_a_checkpoint_that_does_not_fit_the_model_is_not_converted(tmp_path: Path):

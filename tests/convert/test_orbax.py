@@ -253,6 +253,7 @@ def spoil_byte(folder: Path) -> None:
         (lambda folder: (folder / ORBAX / "_METADATA").unlink(), r"_METADATA: not there"),
         (lambda folder: (folder / ORBAX / "_METADATA").write_text("{"), r"_METADATA: not the metadata of an orbax"),
         (lambda folder: (folder / ORBAX / "_METADATA").write_text("[]"), r"_METADATA: not the metadata of an orbax"),
+        (lambda folder: (folder / ORBAX / "_METADATA").write_text("[" * 10**5), r"_METADATA: not the metadata of an"),
         (
             lambda folder: (folder / VALUES).with_name("zarr.json").unlink(),
             r"model\.embed_tokens\.weight cannot be read",

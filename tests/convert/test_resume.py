@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flaxqwen.convert import CheckpointError, check, convert, save_params
-from flaxqwen.convert.staging import JOURNAL
+from flaxqwen.convert.staging import JOURNAL, Staging
 from tests.convert.samples import assert_same, expected_of, random_tensors, read_all
 
 OPTIONS = {"max_shard_size": 400, "dtype": "float32"}
@@ -107,7 +109,7 @@ def test_finished_files_are_taken_over(tmp_path: Path, src: Path, options: dict)
     check(dst)
 
 
-@pytest.mark.parametrize("change", ["options", "source", "journal"])
+@pytest.mark.parametrize("change", ["options", "source", "journal", "deep journal"])
 def test_other_work_begins_anew(tmp_path: Path, src: Path, change: str):
     die_late(tmp_path, src)
     dst, options = tmp_path / "dst", dict(OPTIONS)
@@ -118,7 +120,7 @@ def test_other_work_begins_anew(tmp_path: Path, src: Path, change: str):
         tensors = random_tensors(seed=1)
         save_params(tensors, src, to="pytorch", max_shard_size=700)
     else:
-        (dst / JOURNAL).write_text("{")
+        (dst / JOURNAL).write_text("{" if change == "journal" else "[" * 100_000)
     convert(src, dst, **options)
     assert_same(read_all(dst), {name: tensor.astype(options["dtype"]) for name, tensor in tensors.items()})
     assert not [name for name in contents(dst) if name.startswith(".")]
@@ -186,6 +188,60 @@ convert(sys.argv[1], "dst", **eval(sys.argv[2]))
     assert subprocess.run(command, cwd=folder, check=False).returncode == 9
 
 
+# Two at once
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks are POSIX's")
+def test_another_process_may_not_write_the_same_folder(tmp_path: Path, src: Path):
+    """It ends with an error, the first one is not disturbed, and after it the folder is free."""
+    code = "import sys; from flaxqwen.convert import convert; convert(sys.argv[1], 'dst', force=True)"
+    ended: list[subprocess.CompletedProcess] = []
+
+    def interfere(done: int, total: int) -> None:
+        if not ended:
+            command = [sys.executable, "-c", code, str(src)]
+            ended.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False))
+            with pytest.raises(OSError, match=r"dst: another process is writing it$"):
+                save_params(random_tensors(seed=1), tmp_path / "dst")
+
+    convert(src, tmp_path / "dst", progress=interfere, **OPTIONS)
+    assert ended[0].returncode == 1
+    assert ended[0].stderr.splitlines()[-1] == "OSError: dst: another process is writing it"
+    check(tmp_path / "dst")
+    assert_same(read_all(tmp_path / "dst"), {name: tensor.astype("f4") for name, tensor in random_tensors().items()})
+    convert(src, tmp_path / "dst", force=True)
+
+
+def test_an_error_leaves_the_folder_free(tmp_path: Path, src: Path):
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError("stop")
+
+    (tmp_path / "dst").mkdir()
+    with pytest.raises(RuntimeError, match="stop") as caught:  # which keeps the frames, and all that is in them
+        convert(src, tmp_path / "dst", progress=stop)
+    convert(src, tmp_path / "dst")
+    assert caught
+    check(tmp_path / "dst")
+
+
+@pytest.mark.parametrize("write", [convert, save_params])
+def test_a_folder_that_was_filled_just_now_is_not_written(
+    tmp_path: Path, src: Path, write: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Between the look at the folder and the lock, another conversion writes all of it."""
+    enter, dst = Staging.__enter__, tmp_path / "new/dst"
+    convert(src, tmp_path / "other", to="pytorch")
+
+    def late(staging: Staging) -> Staging:
+        shutil.copytree(tmp_path / "other", dst)
+        return enter(staging)
+
+    monkeypatch.setattr(Staging, "__enter__", late)
+    with pytest.raises(FileExistsError, match=r"is not empty|would no longer be the same model"):
+        write(src if write is convert else random_tensors(), dst)
+    assert contents(dst) == contents(tmp_path / "other")
+
+
 # Checks of what is on the disk
 
 
@@ -224,12 +280,32 @@ def test_all_that_is_wrong_is_listed(tmp_path: Path, src: Path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"files": {"a": 1}}', '{"files": {"a": {"bytes": 1, "crc32": "x"}}}']
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"files": {"a": 1}}',
+        '{"files": {"a": {"bytes": 1, "crc32": "x"}}}',
+        '{"files": {"a": {"bytes": 1e999, "crc32": "0"}}}',
+        "[" * 100_000,
+    ],
+    ids=range(7),
 )
 def test_broken_sums_are_one_line(tmp_path: Path, src: Path, text: str):
     (src / "checksums.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"checksums\.json: not valid[^\n]*$"):
         check(src)
+
+
+def test_a_file_is_checked_with_the_sums_beside_it(tmp_path: Path, src: Path):
+    convert(src, tmp_path / "dst")
+    path = tmp_path / "dst/flax_model.safetensors"
+    assert check(path) == check(tmp_path / "dst")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"flax_model\.safetensors has crc32 "):
+        check(path)
 
 
 def test_sums_of_weights_that_are_gone_go_too(tmp_path: Path, src: Path):
