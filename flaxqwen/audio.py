@@ -43,6 +43,8 @@ def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
             cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{os.fspath(path)}: not audio that can be read: {error.error_string}") from None
+    except TypeError:  # soundfile goes by the name, and asks for the rate and the channels
+        raise ValueError(f"{os.fspath(path)}: raw samples, without a sampling rate; expected wav, flac, ...") from None
     if cut and int(cut[2]) < int(cut[1]) < 2**31 - 2**16:
         raise ValueError(f"{os.fspath(path)}: cut off: {cut[2]} of {cut[1]} bytes of audio are there")
     try:

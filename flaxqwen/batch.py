@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxqwen.files import replacing
 from flaxqwen.generation.batching import Counts, Request, make_request, run
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.inputs import CausalLM
@@ -59,8 +60,14 @@ def parse_line(text: bytes) -> Line:
     """
     try:
         values = json.loads(text.decode("utf-8"))
+        # As the id will be written: Python reads more than JSON, such as NaN.
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds {error.object[error.start]!a}, half of a character") from None
+    except RecursionError:
+        raise ValueError("brackets within brackets, too many to read") from None
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -131,10 +138,10 @@ class Job:
     def request(self, text: bytes, number: int) -> tuple[Line, Request]:
         """A line of the input, checked; ValueError."""
         line = parse_line(text)
-        tokens = self.encode(line) if line.ids is None else line.ids
         seed = {"seed": int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])}
-        options = {**self.defaults(len(tokens)), **seed, **line.options}
         try:
+            tokens = self.encode(line) if line.ids is None else line.ids
+            options = {**self.defaults(len(tokens)), **seed, **line.options}
             return line, make_request(self.model, np.asarray(tokens), options, self.tokenizer)
         except (TypeError, OverflowError) as error:  # a value of a wrong type
             raise ValueError(str(error)) from None
@@ -229,9 +236,11 @@ def run_job(
       meet: returns when all processes have called it.
 
     Raises:
-      ValueError: the earlier run was another job's.
+      ValueError: the earlier run was another job's; or `source` is a file that the job writes and removes.
       FileExistsError: the target is there already.
     """
+    if source.resolve() in [path.resolve() for path in (errors_file(target), *partial_files(target))]:
+        raise ValueError(f"{source}: the job into {target} writes that file itself; rename the input")
     plan = make_plan(job, source)
     share = np.arange(process, len(plan.number), processes)
     progress = Progress(len(share), len(plan.errors), all_work=int(plan.capacity[share].sum()))
@@ -312,9 +321,9 @@ class Journal:
             written = os.write(self._file, record)
             if written < len(record):
                 raise OSError(28, "no space left", str(self.path))
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._file, start)
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def __enter__(self) -> Journal:
         return self
@@ -370,19 +379,16 @@ class Records:
 
     def write_in_order(self, plan: Plan, target: Path) -> None:
         """The target, whole, with the records in the order of the input; then the files that they were in go."""
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         files = [path.open("rb") for path in self._read]
         try:
-            with temporary.open("wb") as output:
+            with replacing(target) as unfinished, unfinished.open("wb") as output:
                 for place in np.argsort(plan.number).tolist():
                     file = files[self.file[place]]
                     file.seek(self.offset[place])
                     output.write(file.read(self.size[place]))
                 output.flush()
                 os.fsync(output.fileno())
-            temporary.replace(target)
         finally:
-            temporary.unlink(missing_ok=True)
             for file in files:
                 file.close()
         _remove(partial_files(target))
@@ -394,8 +400,10 @@ def _remove(paths: list[Path]) -> None:
 
 
 def partial_files(target: Path) -> list[Path]:
-    """The files of records of an unfinished job."""
-    return sorted(target.parent.glob(f"{glob.escape(target.name)}.partial-*"))
+    """The files of records of an unfinished job: OUT.partial-N."""
+    start = f"{target.name}.partial-"
+    found = target.parent.glob(f"{glob.escape(start)}[0-9]*")
+    return sorted(path for path in found if path.name.removeprefix(start).isdecimal())
 
 
 def errors_file(target: Path) -> Path:
@@ -409,6 +417,7 @@ def write_errors(plan: Plan, target: Path) -> None:
     if not plan.errors:
         path.unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     records = (json.dumps({"line": number, "error": error}, ensure_ascii=False) for number, error in plan.errors)
-    path.write_text("".join(f"{record}\n" for record in records), encoding="utf-8")
+    text = "".join(f"{record}\n" for record in records)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")

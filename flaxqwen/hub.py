@@ -44,7 +44,7 @@ def resolve_folder(
     """
     if str(name) in BUILT_IN:
         return BUILT_IN[str(name)]
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves a ~user that there is none of; Path's own raises RuntimeError
     if path.is_dir():
         return path
     if path.exists():
@@ -72,7 +72,7 @@ def resolve_adapter(name: str | os.PathLike[str], **where: Any) -> Path:
       FileNotFoundError: no such folder, nor such a repository.
     """
     folder = resolve_folder(name, weights=False, **where)
-    if Path(name).expanduser().is_dir() or any(folder.glob("adapter_model.*")):
+    if Path(os.path.expanduser(name)).is_dir() or any(folder.glob("adapter_model.*")):
         return folder
     return _snapshot(str(name), ("adapter_*",), **(where | {"revision": folder.name}))
 

@@ -41,6 +41,12 @@ def _examples(*lines: str) -> str:
     return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))  # \b: keep the lines as they are
 
 
+def _given(context: typer.Context) -> list[str]:
+    """What is on the command line, by its name."""
+    found = {name: context.get_parameter_source(name) for name in context.params}
+    return [f"--{name.replace('_', '-')}" for name, where in found.items() if where and where.name == "COMMANDLINE"]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"flaxqwen {flaxqwen.__version__}")
@@ -70,6 +76,7 @@ def _options(
     ),
 )
 def _convert(
+    context: typer.Context,
     src: Annotated[str, typer.Argument(metavar="SRC", help="A folder or a file of any format, or a hub id.")],
     dst: Annotated[
         Path | None, typer.Argument(metavar="DST", help="A folder, which is made.", show_default=False)
@@ -109,7 +116,9 @@ def _convert(
     if check:
         if dst is not None:
             raise typer.BadParameter("takes one folder", param_hint="--check")
-        check_model(Path(src))
+        if others := [option for option in _given(context) if option not in ("--src", "--check")]:
+            raise ValueError(f"--check converts nothing: drop {', '.join(others)}")
+        check_model(src)
         return
     if dst is None:
         raise typer.BadParameter("say where to", param_hint="DST")

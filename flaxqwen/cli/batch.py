@@ -14,6 +14,7 @@ import jax
 
 from flaxqwen.auto import AutoModelForCausalLM
 from flaxqwen.batch import Job, Line, Progress, errors_file, run_job
+from flaxqwen.cli.common import Console
 from flaxqwen.cli.generate import length_options
 from flaxqwen.cli.text import chat_ids, decoder, load_tokenizer, need_tokenizer
 from flaxqwen.distributed import agree, is_main
@@ -138,7 +139,6 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
 
         yield write
         return
-    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +21,9 @@ from flaxqwen.cli.text import (
     decoder,
     load_processor,
     load_tokenizer,
+    make_messages,
     need_tokenizer,
+    system_messages,
     user_message,
 )
 from flaxqwen.config import Qwen2AudioConfig, config_from_file
@@ -96,6 +98,8 @@ class Conversation:
                 past_key_values=cache,
                 streamer=stream,
                 return_dict_in_generate=True,
+                tokenizer=self.tokenizer,  # the model's own config may have stop_strings
+                num_return_sequences=1,
                 max_new_tokens=min(self.limit, room),
                 **self.options,
             )
@@ -103,7 +107,7 @@ class Conversation:
             self.messages = [*asked, {"role": "assistant", "content": stream.text}]
             self.clips, self.waiting = clips, []
         self.cache, self.cached = output.past_key_values, (tokens + stream.tokens)[:-1]
-        reason = finish_reason(self.model.generation_config, stream.tokens)
+        reason = finish_reason(self.model.generation_config, stream.tokens, min(self.limit, room))
         return "context" if reason == "length" and room <= self.limit else reason
 
     def clear(self) -> None:
@@ -114,7 +118,7 @@ class Conversation:
 
     def _inputs(self, messages: list[dict[str, Any]], clips: list[np.ndarray]) -> dict[str, np.ndarray]:
         """What generate() takes, of all messages."""
-        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        first = system_messages(self.system)
         if self.processor is not None:
             return audio_inputs(self.processor, first + messages, clips)
         return {"input_ids": np.asarray([chat_ids(self.tokenizer, first + messages)])}
@@ -139,8 +143,9 @@ def chat(
     config = config_from_file(folder)
     processor = load_processor(folder) if isinstance(config, Qwen2AudioConfig) else None
     tokenizer = need_tokenizer(load_tokenizer(folder), folder)
+    messages = make_messages(system, "")  # what is not text, or has no template, is refused before weights are read
     if processor is None:
-        chat_ids(tokenizer, [user_message("")])  # refuses one without a template, before weights are read
+        chat_ids(tokenizer, messages)
     model = language_model_class(config).from_pretrained(folder, dtype=dtype)
     if adapter is not None:
         model = model.load_adapter(adapter)
@@ -159,6 +164,8 @@ def chat(
                 answer(line, conversation)
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise ValueError("stdin: not UTF-8 text") from None
         except KeyboardInterrupt:
             if not is_terminal:
                 raise
@@ -186,7 +193,7 @@ def listen(path: str, conversation: Conversation) -> None:
         print("this model does not hear: /audio is for Qwen2-Audio")
         return
     try:
-        conversation.waiting.append(load_audio(Path(path).expanduser()))
+        conversation.waiting.append(load_audio(os.path.expanduser(path)))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}")
 

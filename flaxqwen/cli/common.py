@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import rich.console
 
 from flaxqwen.auto import (
     AutoModel,
@@ -24,6 +25,14 @@ AUTO_CLASSES = (
     AutoModelForTokenClassification,
     AutoModelForQuestionAnswering,
 )
+
+
+class Console(rich.console.Console):
+    """Rich's, where nobody reading is for `main` to treat: rich itself ends the process with exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called when a write has raised BrokenPipeError."""
+        raise BrokenPipeError
 
 
 def module_of(config: PretrainedConfig) -> nn.Module:

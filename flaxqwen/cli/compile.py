@@ -8,12 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from flaxqwen import aot
 from flaxqwen.aot_training import compile_training
-from flaxqwen.cli.common import format_bytes, heads_text
+from flaxqwen.cli.common import Console, format_bytes, heads_text
 from flaxqwen.cli.train import parse_lora
 from flaxqwen.config import Qwen2Config, config_from_file
 from flaxqwen.hub import resolve_folder

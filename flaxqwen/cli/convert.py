@@ -27,7 +27,7 @@ def convert_model(src: str, dst: Path, dry_run: bool = False, **options: Any) ->
       options: of flaxqwen.convert.convert.
     """
     started = time.perf_counter()
-    source = Path(src) if Path(src).is_file() else resolve_folder(src)
+    source = find_source(src)
     expected = expected_shapes(source)
     with Progress("Converting") as report:
         sizes = convert(source, dst, expected=expected, progress=report, dry_run=dry_run, **options)
@@ -41,18 +41,28 @@ def convert_model(src: str, dst: Path, dry_run: bool = False, **options: Any) ->
         print(f"  {name:<{max(map(len, shown))}}  {format_bytes(size):>8}")
 
 
-def check_model(folder: Path) -> None:
-    """Read the checkpoint in a folder whole, and print that it is the model's of its config and as it was written.
+def find_source(src: str) -> Path:
+    """The file, or the folder, of a model's name; FileNotFoundError where there is none."""
+    return Path(src) if Path(src).is_file() else resolve_folder(src)
+
+
+def check_model(src: str) -> None:
+    """Read a checkpoint whole, and print that it is the model's of its config and as it was written.
+
+    Args:
+      src: as of convert_model.
 
     Raises:
+      FileNotFoundError: no such model.
       CheckpointError: what is wrong with it.
     """
     started = time.perf_counter()
+    source = find_source(src)
     with Progress("Checking") as report:
-        found = check(folder, expected=expected_shapes(folder), progress=report)
+        found = check(source, expected=expected_shapes(source), progress=report)
     seconds = time.perf_counter() - started
     sums = f"{found.files} files as {CHECKSUMS} says" if found.files else f"no {CHECKSUMS} to compare bytes with"
-    print(f"{folder}: {found.tensors} tensors as the config says, {sums}, in {seconds:.1f} s")
+    print(f"{src}: {found.tensors} tensors as the config says, {sums}, in {seconds:.1f} s")
 
 
 def expected_shapes(source: Path) -> dict[ParamPath, tuple[int, ...]]:

@@ -25,6 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
     0; 1 where parity does not hold; 2, after one line on stderr, for what the user can repair; 130 after Ctrl-C; 141
     where nobody reads the output. Other exceptions are bugs, and propagate.
     """
+    _open_streams()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are about models in PyTorch
     if args is None:
         keep_compiled_programs()
@@ -48,6 +49,13 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
         return USAGE_ERROR
+
+
+def _open_streams() -> None:
+    """Have the standard streams that were closed (`>&-`), which Python leaves None, read and write nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (they stay open)
 
 
 def keep_compiled_programs() -> None:

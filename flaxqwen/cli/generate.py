@@ -82,7 +82,10 @@ def generate_text(
     inputs["input_ids"] = check_input_ids(inputs["input_ids"], config)  # before the weights are read
     tokens = inputs["input_ids"][0].tolist()
     if regex is not None or json_schema is not None:
-        options = options | constraint(regex, json_schema) | {"tokenizer": need_tokenizer(tokenizer, folder)}
+        need_tokenizer(tokenizer, folder)
+        options = options | constraint(regex, json_schema)
+    # The model's own config may have stop_strings, which need the tokenizer, and ask for several texts.
+    options = options | {"tokenizer": tokenizer, "num_return_sequences": 1}
     with CompileClock() as clock:
         times = [clock.now()]
         devices = mesh_of(mesh) if mesh or distributed else None
@@ -104,7 +107,8 @@ def generate_text(
         else:
             model.generate(**inputs, streamer=output, **length, **options)
         times += [output.first_at, clock.now()]
-    finish = finish_reason(own, output.tokens)
+    limit = length.get("max_new_tokens") or own.max_new_tokens or (own.max_length or 0) - len(tokens)
+    finish = finish_reason(own, output.tokens, limit)
     if not is_main():
         return
     if as_json:
@@ -212,10 +216,12 @@ def length_options(own: GenerationConfig, max_new_tokens: int | None, room: int)
     return {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
 
 
-def finish_reason(own: GenerationConfig, tokens: list[int]) -> str:
-    """ "eos" where the new tokens end in an end-of-sequence token, else "length"."""
+def finish_reason(own: GenerationConfig, tokens: list[int], limit: int) -> str:
+    """ "eos" where the new tokens end in an end-of-sequence token, "length" at the limit, else "stop"."""
     eos = own.eos_token_id
-    return "eos" if tokens[-1] in ((eos,) if isinstance(eos, int) else eos or ()) else "length"
+    if tokens[-1] in ((eos,) if isinstance(eos, int) else eos or ()):
+        return "eos"
+    return "length" if len(tokens) >= limit else "stop"
 
 
 def timings(times: list[float], tokens: int, compiling: float) -> dict[str, float | None]:

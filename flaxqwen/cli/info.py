@@ -11,12 +11,11 @@ from typing import Any, cast
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from rich.console import Console
 from rich.table import Table
 
 from flaxqwen.auto import param_shapes, parse_dtype
 from flaxqwen.cache import init_cache
-from flaxqwen.cli.common import format_bytes, heads_text, module_of
+from flaxqwen.cli.common import Console, format_bytes, heads_text, module_of
 from flaxqwen.config import Qwen2Config, config_from_file
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.names import to_name
@@ -25,6 +24,7 @@ from flaxqwen.hub import resolve_folder
 from flaxqwen.sharding import Sharding, parse_mesh
 
 CONTEXTS = (2048, 8192, 32768, 131072)
+MAX_DEVICES = 2**16  # the largest pods have some 10,000; as many heads are laid out one by one
 
 
 def show_info(name: str, *, as_json: bool, mesh: str | None = None) -> None:
@@ -155,11 +155,13 @@ def mesh_info(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
     """Where the parameters lie on a mesh, by their place in the model, and what became of the heads.
 
     Raises:
-      ValueError: sizes that are not all given; weights quantized by another method.
+      ValueError: sizes that are not all given, or come to more than MAX_DEVICES; weights quantized by another method.
     """
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
     if min(sizes.values()) < 1:
-        raise ValueError("info shows any number of devices: give the sizes of the mesh, none of them -1")
+        raise ValueError("info looks for no devices: give the sizes of the mesh, none of them -1")
+    if (count := math.prod(sizes.values())) > MAX_DEVICES:
+        raise ValueError(f"--mesh: {count:,} devices; expected {MAX_DEVICES:,} at most")
     scheme = scheme_of(config.quantization_config)
     # A mesh without devices: those that are here do not matter.
     sharding = Sharding.fit(cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes))), config)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
+from flaxqwen.cli.common import Console
 from flaxqwen.parity import compare
 
 
@@ -21,7 +22,17 @@ def show_parity(
     report: Path | None,
     as_json: bool,
 ) -> bool:
-    """Print how a model here compares with PyTorch's, and save that if there is a folder for it; whether it passed."""
+    """Print how a model here compares with PyTorch's, and save that if there is a folder for it; whether it passed.
+
+    Raises:
+      OSError: the folder cannot be made. Others as flaxqwen.parity.compare.
+    """
+    if report is not None:  # before a run of minutes
+        if report.is_file():
+            raise FileExistsError(17, "a file; expected a folder for the report", str(report))
+        report.mkdir(parents=True, exist_ok=True)
+    if not sys.stderr.isatty():
+        _silence_transformers()
     result = compare(name, dtype=dtype, prompts=prompts, audio=audio, steps=steps)
     if as_json:
         print(json.dumps(result.to_dict(), ensure_ascii=False))
@@ -30,3 +41,11 @@ def show_parity(
     if report is not None:
         result.save(report)
     return result.passed
+
+
+def _silence_transformers() -> None:
+    """No progress bars of Transformers."""
+    with contextlib.suppress(ImportError):  # compare says what is missing
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()

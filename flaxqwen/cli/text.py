@@ -22,7 +22,15 @@ def load_tokenizer(folder: Path) -> Any:
         return None
     import transformers  # seconds, where torch is installed
 
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return _read(transformers.AutoTokenizer, folder)
+
+
+def _read(kind: Any, folder: Path) -> Any:
+    """kind.from_pretrained(folder), of Transformers; ValueError for files that Python's json gives up on."""
+    try:
+        return kind.from_pretrained(folder)
+    except RecursionError:
+        raise ValueError(f"{folder}: a JSON file of the {kind.__name__[4:].lower()} is nested too deep") from None
 
 
 def need_tokenizer(tokenizer: Any, folder: Path) -> Any:
@@ -46,12 +54,21 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         elif prompt == "-":
             prompt = sys.stdin.read().removesuffix("\n")
         assert prompt is not None
-        prompt.encode()  # an argument may hold what is not text
     except UnicodeError:
         raise ValueError(f"{file or 'the prompt'}: not UTF-8 text") from None
+    check_text(prompt, "the prompt")
     if not prompt:
         raise ValueError(f"{file}: empty; expected a prompt" if file else "the prompt is empty")
     return prompt
+
+
+def check_text(text: str, what: str) -> str:
+    """The text; ValueError where it stands for bytes that were none, as an argument may, and stdin in the C locale."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what}: not UTF-8 text") from None
+    return text
 
 
 def parse_ids(text: str) -> list[int]:
@@ -75,13 +92,18 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
 
 
 def make_messages(system: str | None, message: str, clips: int = 0) -> list[dict[str, Any]]:
-    """A conversation that begins with a user's message, after the system's if there is one."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, user_message(message, clips)]
+    """A conversation that begins with a user's message, after the system's if there is one. ValueError: not text."""
+    return [*system_messages(system), user_message(message, clips)]
+
+
+def system_messages(system: str | None) -> list[dict[str, Any]]:
+    """The system's message, if there is one; ValueError where it is not text."""
+    return [] if system is None else [{"role": "system", "content": check_text(system, "the system message")}]
 
 
 def user_message(text: str, clips: int = 0) -> dict[str, Any]:
-    """A message of the user's, with so many clips of audio before its text."""
+    """A message of the user's, with so many clips of audio before its text; ValueError where that is not text."""
+    check_text(text, "the message")
     if not clips:
         return {"role": "user", "content": text}
     return {"role": "user", "content": [*[{"type": "audio"}] * clips, {"type": "text", "text": text}]}
@@ -97,7 +119,7 @@ def load_processor(folder: Path) -> Any:
         raise ValueError(f"{folder}: no processor ({' or '.join(PROCESSOR_FILES)}) for audio")
     import transformers  # seconds, where torch is installed
 
-    return transformers.AutoProcessor.from_pretrained(folder)
+    return _read(transformers.AutoProcessor, folder)
 
 
 def decoder(tokenizer: Any) -> Callable[[list[int]], str]:

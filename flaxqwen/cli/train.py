@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxqwen.auto import AutoModelForCausalLM, parse_dtype
+from flaxqwen.cli.common import Console
 from flaxqwen.cli.text import load_tokenizer, need_tokenizer
 from flaxqwen.config import config_from_file
 from flaxqwen.convert.save import refuse_others
@@ -157,7 +158,6 @@ LORA_FIELDS: dict[str, Callable[[list[str]], Any]] = {
 def _rows(path: Path, tokenizer: Any, length: int) -> Rows:
     """The packed rows of a file, and a line about them on stderr; until then a bar, on a terminal."""
     from rich import progress
-    from rich.console import Console
 
     started = time.perf_counter()
     shown: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
@@ -189,7 +189,6 @@ def _progress() -> Iterator[Callable[[Record, int], None]]:
     if not sys.stderr.isatty():
         yield lambda record, steps: print(_describe(record, steps), file=sys.stderr, flush=True)
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())

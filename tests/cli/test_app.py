@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import flaxqwen
 from flaxqwen.cache import init_cache
 from flaxqwen.cli.entry import describe, main
 from tests.cli.conftest import Run, assert_refused
+
+ON_CPU = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
 def python(code: str, **options: Any) -> subprocess.Popen:
@@ -41,6 +44,32 @@ def test_a_closed_pipe_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_a_closed_pipe_of_a_table_is_no_error():
+    """Rich's console would end the process with 1."""
+    code = "import sys; from flaxqwen.cli import main; sys.exit(main(['info', 'demo']))"
+    with python(code, stdout=subprocess.PIPE, env=ON_CPU) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closed: str):
+    """They read and write nothing; exit codes are as ever."""
+    code = "import sys; from flaxqwen.cli import main; sys.exit(main(sys.argv[1:]))"
+
+    def call(*args: str) -> tuple[int, str, str]:
+        shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code, *args]
+        done = subprocess.run(shell, capture_output=True, text=True, env=ON_CPU, stdin=subprocess.DEVNULL)
+        return done.returncode, done.stdout, done.stderr
+
+    has_out, has_error = " >&-" not in f" {closed}", "2>&-" not in closed
+    assert call("--version") == (0, f"flaxqwen {flaxqwen.__version__}\n" * has_out, "")
+    status, out, error = call("info")
+    assert (status, out, bool(error)) == (2, "", has_error)
+    assert call("generate", "demo", "-") == (2, "", "error: the prompt is empty\n" * has_error)
 
 
 @pytest.mark.parametrize("command", ["convert", "generate", "chat", "info", "parity"])
@@ -76,6 +105,9 @@ def test_version(run: Run):
         (["generate", "m", "--ids", "1 2", "--chat"], "--chat"),
         (["generate", "./absent", "hi"], "absent: no such folder"),
         (["info", "./absent"], "absent: no such folder"),
+        (["info", "~nosuchuser/x"], "~nosuchuser/x: no such folder"),
+        (["info", "demo", "--mesh", "tensor=99999999"], "99,999,999 devices; expected 65,536 at most"),
+        (["info", "demo", "--mesh", "data=99999999999"], "99,999,999,999 devices"),
     ],
 )
 def test_wrong_usage_is_one_line(run: Run, args: list[str], word: str):
@@ -204,8 +236,18 @@ def test_parity_exits_by_its_tolerance(run: Run, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "report.json").is_file()
 
 
+def test_parity_refuses_a_report_it_cannot_write(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Before the comparison, not after it."""
+    monkeypatch.setattr("flaxqwen.cli.parity.compare", raises(AssertionError("it ran")))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert_refused(run("parity", "m", "--report", file), f"{file}: a file; expected a folder")
+    assert_refused(run("parity", "m", "--report", file / "report"), str(file / "report"))
+    assert file.read_text() == "mine"
+
+
 def test_parity_of_a_real_run(run: Run, random_model: Path):
     pytest.importorskip("torch", reason="parity compares with PyTorch")
     result = run("parity", random_model, "--prompt", "Hello", "--steps", "4", "--json")
-    assert result.code == 0
+    assert (result.code, result.err) == (0, "")  # no progress bars in a pipe
     assert json.loads(result.out)["passed"] is True

@@ -78,6 +78,11 @@ def test_refusals(run: Run, folder: Path, random_model: Path, speech: tuple[Path
     text = tmp_path / "text.wav"
     text.write_text("What is said here?")
     assert_refused(run("generate", folder, "What?", "--audio", text), "text.wav", "not audio that can be read")
+    raw = tmp_path / "samples.raw"
+    raw.write_bytes(bytes(64))
+    assert_refused(
+        run("generate", folder, "What?", "--audio", raw), "samples.raw: raw samples, without a sampling rate"
+    )
     three = ["--audio", long] * 3
     assert_refused(run("generate", folder, "What?", *three), "tokens, the model's context is 2048: shorten it")
     assert_refused(run("generate", folder, "<|AUDIO|> or <|AUDIO|>?", "--audio", short), "2 <|AUDIO|>", "1 clips")
@@ -149,6 +154,8 @@ def test_chat(folder: Path, speech: tuple[Path, Path], monkeypatch: pytest.Monke
 
     obey("/audio none.wav", conversation)
     assert capsys.readouterr().out == "error: none.wav: no such audio file\n"
+    obey("/audio ~nosuchuser/x.wav", conversation)
+    assert capsys.readouterr().out == "error: ~nosuchuser/x.wav: no such audio file\n"
     assert not conversation.waiting
     conversation.processor = None
     obey(f"/audio {speech[0]}", conversation)

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from flaxqwen import AutoModelForCausalLM, batch
-from flaxqwen.batch import Job, Journal, errors_file, parse_line, partial_files, run_job
+from flaxqwen.batch import Job, Journal, Line, errors_file, parse_line, partial_files, run_job
 from flaxqwen.cli.text import decoder, load_tokenizer
 from tests.cli.conftest import CHATML, END_OF_TURN, Run, assert_refused, encode
+from tests.cli.test_app import raises
 from tests.cli.test_generate import transformers_tokens
 
 NEW = 8
@@ -86,6 +87,14 @@ def test_texts_in_the_order_of_the_input(run: Run, random_model: Path, tmp_path:
         (b'{"messages": [{"role": "user"}]}', "messages must be a list"),
         (b'{"messages": [{"role": "user", "content": 3}]}', "messages must be a list"),
         (b'{"prompt": "a", "options": [1]}', "options must be an object, found list"),
+        (b'{"prompt": "\\ud800"}', r"holds '\\ud800', half of a character"),
+        (b'{"messages": [{"role": "user", "content": "\\udfff"}]}', "half of a character"),
+        (b'{"prompt": "a", "id": "\\ud800"}', "half of a character"),
+        (b'{"prompt": "a", "\\ud800": 1}', "half of a character"),
+        (b'{"prompt": "a", "id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "brackets within brackets"),
+        (b'{"prompt": "a", "id": NaN}', "not JSON"),
+        (b'{"prompt": "a", "id": [-Infinity]}', "not JSON"),
+        (b'{"prompt": "a", "id": 1e999}', "not JSON"),
         (b'{"prompt": "a", "temperature": 1}', "unknown temperature: expected id, .* those of generate"),
     ],
 )
@@ -224,6 +233,76 @@ def test_a_full_disk_leaves_no_part_of_a_record(job: Job, tmp_path: Path, monkey
         with pytest.raises(OSError, match="no space left"):
             journal.append(b'{"line": 2, "text": "b"}\n')
         assert journal.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["out.errors", "out.partial-0", "out.partial-12"])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_file_of_the_job_is_no_input(job: Job, tmp_path: Path, name: str, is_done: bool):
+    """The job would remove what it reads; by whatever name."""
+    source, target = write(tmp_path / name, [{"prompt": "a"}]), tmp_path / "out"
+    (tmp_path / "link").symlink_to(source)
+    if is_done:
+        target.touch()
+    before = source.read_bytes()
+    for path in (source, tmp_path / "link"):
+        with pytest.raises(ValueError, match="writes that file itself; rename the input"):
+            run_job(job, path, target, rows=2)
+    assert source.read_bytes() == before
+
+
+def test_files_of_other_names_stay(job: Job, tmp_path: Path):
+    source, target = write(tmp_path / "in.jsonl", [{"prompt": "a"}]), tmp_path / "out"
+    others = [tmp_path / f"out.partial-{end}" for end in ("notes", "1.bak", "1-notes", "")]
+    for path in others:
+        path.write_text("mine")
+    assert run_job(job, source, target, rows=2).done == 1
+    assert [path.read_text() for path in others] == ["mine"] * 4
+
+
+def test_a_line_that_cannot_be_encoded_is_one_error(job: Job, tmp_path: Path):
+    """Whatever a tokenizer or a template says of it."""
+
+    def encode(line: Line) -> list[int]:
+        if line.prompt == "bad":
+            raise TypeError("TextInputSequence must be str")
+        return encode_one(job, str(line.prompt))
+
+    source = write(tmp_path / "in.jsonl", [{"prompt": "bad"}, {"prompt": "a"}])
+    target = tmp_path / "out"
+    run_job(dataclasses.replace(job, encode=encode), source, target, rows=2)
+    assert [record["line"] for record in read(target)] == [2]
+    assert read(errors_file(target)) == [{"line": 1, "error": "TextInputSequence must be str"}]
+
+
+def test_errors_of_any_text_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    empty = np.zeros(0, np.int64)
+    plan = batch.Plan(empty, empty, empty, empty, empty, [(1, "found '\ud800'"), (2, "é")], "")
+    batch.write_errors(plan, tmp_path / "out")
+    assert [error["error"] for error in read(tmp_path / "out.errors")] == ["found '\ud800'", "é"]
+    before = (tmp_path / "out.errors").read_bytes()
+    monkeypatch.setattr(Path, "write_text", raises(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        batch.write_errors(plan, tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / "out.errors")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"out.errors": before}
+
+
+def test_a_full_disk_is_an_error_with_the_name(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the records, and of the output in order."""
+    source, target = write(tmp_path / "in.jsonl", [{"prompt": "a"}]), tmp_path / "out"
+    write_bytes, full = os.write, raises(OSError(28, "No space left on device"))
+
+    def write_head(file: int, record: bytes) -> int:
+        return full() if record.startswith(batch.RECORD) else write_bytes(file, record)
+
+    for name, call, file in (("write", write_head, "out.partial-0"), ("fsync", full, "out")):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, name, call)
+            with pytest.raises(OSError, match="No space left on device") as caught:
+                run_job(job, source, target, rows=2)
+        assert caught.value.filename == str(tmp_path / file)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.partial-0"]
+    assert run_job(job, source, target, rows=2).resumed == 1
 
 
 def test_nothing_to_do(run: Run, random_model: Path, tmp_path: Path):

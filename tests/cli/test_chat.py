@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from flaxqwen import AutoModelForCausalLM
 from flaxqwen.cli.chat import Conversation, common_prefix
 from flaxqwen.cli.text import TextStream, chat_ids, decoder, load_tokenizer
 from flaxqwen.generation import loop
-from tests.cli.conftest import SENTENCE, Run, encode
+from tests.cli.conftest import SENTENCE, Run, assert_refused, encode
 
 
 def ask(conversation: Conversation, message: str) -> TextStream:
@@ -130,6 +131,30 @@ def test_piped_messages_need_no_terminal(run: Run, sentence_model: Path, monkeyp
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     monkeypatch.setattr(builtins, "input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
     assert run("chat", sentence_model).out == f"{SENTENCE}\n{SENTENCE}\n"
+
+
+def test_what_is_no_text_is_one_line(run: Run, sentence_model: Path, typed: Callable[..., None]):
+    """Bytes that are not UTF-8, as Python gives them in the C locale and in others; and in a system message."""
+    undecodable = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    for lines, what in (
+        (["\udcff"], "the message"),
+        (["/system \udcff", "Speak."], "the system message"),
+        ([undecodable], "stdin"),
+    ):
+        typed(*lines)
+        result = run("chat", sentence_model)
+        assert (result.code, result.err) == (2, f"error: {what}: not UTF-8 text\n")
+    assert_refused(run("chat", sentence_model, "--system", "\udcff"), "the system message: not UTF-8 text")
+
+
+def test_stop_strings_of_the_models_own_config(sentence_model: Path):
+    conversation = converse(sentence_model, limit=30)
+    settings = {"stop_strings": [SENTENCE[2:4]], "do_sample": True, "num_return_sequences": 2}
+    own = dataclasses.replace(conversation.model.generation_config, **settings)
+    conversation.model = dataclasses.replace(conversation.model, generation_config=own)
+    stream = TextStream(decoder(conversation.tokenizer))
+    assert conversation.ask("Speak.", stream) == "stop"
+    assert stream.text == SENTENCE[:4]
 
 
 def test_interrupt_stops_the_answer_and_keeps_it(

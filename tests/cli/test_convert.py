@@ -229,6 +229,15 @@ def test_checks_what_it_wrote(run: Run, random_model: Path, tmp_path: Path):
     assert_refused(run("convert", random_model), "say where to")
 
 
+def test_check_takes_names_and_no_other_options(run: Run, random_model: Path):
+    assert run("convert", "--check", "demo").out.startswith("demo: ")
+    assert_refused(run("convert", "--check", "no/such/folder"), "no/such/folder: no such folder")
+    others = ["--quantize", "int8", "--dtype", "float32", "--max-shard-size", "1GB", "--force", "--dry-run"]
+    refused = run("convert", "--check", random_model, *others, "--to", "flax", "--format", "safetensors")
+    names = "--quantize, --dtype, --max-shard-size, --force, --dry-run, --to, --format"
+    assert_refused(refused, f"--check converts nothing: drop {names}")
+
+
 def save_sparse_orbax(folder: Path) -> None:
     """The checkpoint in src as one of orbax, whose values are holes."""
     with open_checkpoint(folder / "src") as checkpoint:

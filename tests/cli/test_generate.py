@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 from flaxqwen import AutoModelForCausalLM, LoraConfig
 from flaxqwen.cli.generate import CompileClock, sampling_options
 from flaxqwen.cli.text import TextStream, decoder, load_tokenizer
+from flaxqwen.model import Model
 from tests.cli.conftest import CHATML, END_OF_TURN, SENTENCE, Run, assert_refused, encode
 
 GREEDY = ("--temperature", "0", "--json")
@@ -140,6 +142,51 @@ def test_beams_of_the_models_own_config(run: Run, copied: Path):
     assert (result.code, result.out) == (0, values["text"] + "\n")
 
 
+def set_generation(folder: Path, **settings: Any) -> None:
+    """Add to the model's own generation config."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_stop_strings_of_the_models_own_config(run: Run, sentence_model: Path, tmp_path: Path):
+    """The command line has the tokenizer that they need."""
+    folder = shutil.copytree(sentence_model, tmp_path / "model")
+    set_generation(folder, stop_strings=[SENTENCE[2:4]])
+    values = json.loads(run("generate", folder, "Speak.", "--json").out)
+    assert (values["text"], values["finish_reason"]) == (SENTENCE[:4], "stop")
+    whole = run("generate", folder, "Speak.", "--json", "--max-new-tokens", "2")
+    assert json.loads(whole.out)["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_several_texts_of_the_models_own_config_are_one(
+    run: Run, copied: Path, monkeypatch: pytest.MonkeyPatch, beams: int
+):
+    """The others would be computed, and dropped; greedy decoding has no others."""
+    rows, generate = [], Model.generate
+
+    def counting(model: Model, *args: Any, **options: Any) -> Any:
+        output = generate(model, *args, **options)
+        rows.append(len(output))
+        return output
+
+    monkeypatch.setattr(Model, "generate", counting)
+    set_generation(copied, do_sample=True, num_beams=beams, num_return_sequences=2)
+    for options in ((), ("--temperature", "0")):
+        result = run("generate", copied, "Hello", "--max-new-tokens", "5", *options)
+        assert (result.code, result.err) == (0, "")
+    assert rows == [1, 1]
+
+
+def test_a_system_message_that_is_no_text(run: Run, random_model: Path):
+    assert_refused(run("generate", random_model, "Hi", "--chat", "--system", "\udcff"), "system message: not UTF-8")
+
+
+def test_a_tokenizer_that_is_nested_too_deep(run: Run, copied: Path):
+    (copied / "tokenizer_config.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert_refused(run("generate", copied, "Hi"), f"{copied}: a JSON file of the tokenizer is nested too deep")
+
+
 def test_prompt_from_file_and_stdin(run: Run, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "prompt.txt"
     file.write_text("Höre\n\n", encoding="utf-8")
@@ -230,8 +277,6 @@ def test_past_the_context_is_a_warning(run: Run, random_model: Path):
 
 def test_dtype(run: Run, random_model: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
-    from flaxqwen.model import Model
-
     generate = Model.generate
     monkeypatch.setattr(
         Model, "generate", lambda self, *a, **k: seen.append(self.dtype.name) or generate(self, *a, **k)
