@@ -24,6 +24,7 @@ from flaxqwen.cli.options import (
     Temperature,
     TopK,
     TopP,
+    given,
 )
 
 app = typer.Typer(
@@ -39,12 +40,6 @@ app = typer.Typer(
 
 def _examples(*lines: str) -> str:
     return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))  # \b: keep the lines as they are
-
-
-def _given(context: typer.Context) -> list[str]:
-    """What is on the command line, by its name."""
-    found = {name: context.get_parameter_source(name) for name in context.params}
-    return [f"--{name.replace('_', '-')}" for name, where in found.items() if where and where.name == "COMMANDLINE"]
 
 
 def _print_version(wanted: bool) -> None:
@@ -116,7 +111,7 @@ def _convert(
     if check:
         if dst is not None:
             raise typer.BadParameter("takes one folder", param_hint="--check")
-        if others := [option for option in _given(context) if option not in ("--src", "--check")]:
+        if others := [option for option in given(context) if option not in ("--src", "--check")]:
             raise ValueError(f"--check converts nothing: drop {', '.join(others)}")
         check_model(src)
         return

@@ -49,3 +49,9 @@ AudioFiles = Annotated[
     typer.Option("--audio", metavar="FILE", help="A wav, flac, ... that the prompt is about; may be given again."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+
+
+def given(context: typer.Context) -> list[str]:
+    """What is on the command line, by its name."""
+    sources = ((name, context.get_parameter_source(name)) for name in context.params)
+    return [f"--{name.replace('_', '-')}" for name, source in sources if source and source.name == "COMMANDLINE"]

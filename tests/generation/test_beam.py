@@ -371,7 +371,9 @@ def test_stop_strings_end_candidates(ours, rng):
     backend = Tokenizer(BPE({word: i for i, word in enumerate(words)}, pairs))
     backend.decoder = decoders.Fuse()
     tokenizer, ended = PreTrainedTokenizerFast(tokenizer_object=backend), 0
-    for eos in ("none", "one") * 3:
+    for index, eos in enumerate(("none", "one") * 12):
+        if ended and index >= 6:  # in the first six none ends once in some fifty runs
+            break
         options = {"stop_strings": ["abx", "xy", "zc", "ca"], "tokenizer": tokenizer, "eos_token_id": EOS[eos]}
         *_, want = with_both(ours, rng, **options)
         ended += int((want.beam_indices < 0).any() or want.sequences.shape[1] < 9 + NEW)
