@@ -9,16 +9,17 @@ import re
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from flaxqwen.convert.checksums import CHECKSUMS, Sum, encode, from_json, sum_of_file, to_json
 from flaxqwen.convert.writer import Writer
 
-try:
-    import fcntl
-except ImportError:  # not POSIX: nothing keeps two processes apart
-    fcntl = None  # type: ignore[assignment]
+# None where the system is not POSIX: nothing keeps two processes apart there.
+fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None
 
 ORBAX = "orbax_model"  # the folder of an orbax checkpoint, beside config.json
 

@@ -216,13 +216,16 @@ class AdapterMethods:
             raise ValueError("adapter_names cannot go with merged adapters: call unmerge_adapter first")
         if len(adapter_names) != rows:
             raise ValueError(f"adapter_names has {len(adapter_names)} names; expected {rows}, one for each row")
+        if not self.adapters.enabled:  # the base, for every row; the names are looked at all the same
+            for name in set(adapter_names) - {BASE}:
+                self._known(name)
+            return self
         for name, (_, tree) in self.adapters.loaded.items():
             if set(ENCODER_PARTS) & set(tree.get("model", ())):
                 raise ValueError(f"adapter {name!r} adapts the audio tower, whose clips are no rows: set_adapter it")
         sharding = module_sharding(self.module)
         heads = None if sharding is None else sharding.heads
-        names = list(adapter_names) if self.adapters.enabled else [BASE] * rows
-        stack = mix_adapters(self.adapters.loaded, names * copies, heads)
+        stack = mix_adapters(self.adapters.loaded, list(adapter_names) * copies, heads)
         # On the devices once, not with each of a call's programs.
         lora = jax.device_put(stack, None if sharding is None else sharding.of((), ()))
         module = adapted_module(self._base_module, [tree for _, tree in self.adapters.loaded.values()])

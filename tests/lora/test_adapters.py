@@ -156,7 +156,9 @@ def test_disabled_adapters_are_so_for_each_row(untied, tmp_path, rng):
     ids = random_ids(rng, (2, 5), 97)
     adapter_of_peft(theirs, tmp_path, **KINDS["plain"])
     disabled = model.load_adapter(tmp_path, "a").disable_adapters()
-    close(disabled(ids, adapter_names=["a", "__base__"]).logits, model(ids).logits, 1e-6)
+    assert np.array_equal(disabled(ids, adapter_names=["a", "__base__"]).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="Adapter with name b not found"):
+        disabled(ids, adapter_names=["a", "b"])
 
 
 def test_adapters_of_numpy_are_saved(untied, tmp_path):
