@@ -98,7 +98,7 @@ class AdapterMethods:
             name.removeprefix("base_model.model."): np.asarray(leaf) for name, leaf in adapter_state_dict.items()
         }
         check_tensors("adapter_state_dict", config, tensors, self._base_module, self.params)
-        return self._with(adapter_name, config, place_tensors(tensors, self.module))
+        return self._with(adapter_name, config, place_tensors(tensors, self.module, self.params))
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = DEFAULT_NAME, *, seed: int = 0) -> Self:
         """The model with a new adapter, drawn as peft draws it, to be trained; active alone.
@@ -224,8 +224,7 @@ class AdapterMethods:
             if set(ENCODER_PARTS) & set(tree.get("model", ())):
                 raise ValueError(f"adapter {name!r} adapts the audio tower, whose clips are no rows: set_adapter it")
         sharding = module_sharding(self.module)
-        heads = None if sharding is None else sharding.heads
-        stack = mix_adapters(self.adapters.loaded, list(adapter_names) * copies, heads)
+        stack = mix_adapters(self.adapters.loaded, list(adapter_names) * copies, self.params, sharding)
         # On the devices once, not with each of a call's programs.
         lora = jax.device_put(stack, None if sharding is None else sharding.of((), ()))
         module = adapted_module(self._base_module, [tree for _, tree in self.adapters.loaded.values()])
@@ -284,4 +283,8 @@ class AdapterMethods:
         return self.adapters.loaded[name]
 
     def _name(self, name: str | None) -> str:
-        return self.active_adapters()[0] if name is None else name
+        if name is not None:
+            return name
+        if not (active := self.active_adapters()):
+            raise ValueError("no adapter is active: give adapter_name")
+        return active[0]

@@ -47,6 +47,7 @@ from flaxqwen.training import (
     make_train_step,
 )
 
+SETTINGS = "training.json"  # of the run that a folder holds
 Rows = dict[str, np.ndarray]
 Record = dict[str, Any]
 
@@ -299,7 +300,7 @@ class _Run:
     def __init__(self, out: Path, options: TrainingOptions, rows: Rows, resume: bool) -> None:
         self._orbax = import_extra("orbax.checkpoint")
         self._metrics = out / "metrics.jsonl"
-        settings = out / "training.json"
+        settings = out / SETTINGS
         wanted = json.dumps(dataclasses.asdict(options) | {"data": _summary(rows)}, indent=2) + "\n"
         has_begun = settings.is_file()
         if has_begun:

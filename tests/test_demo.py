@@ -173,6 +173,7 @@ def test_training_says_at_once_that_it_could_not_save(capsys, monkeypatch, tmp_p
         ("back", "./back", "is the model itself"),
         ("back", "flax", "holds flax_model.safetensors"),
         ("int8", "tuned", "integer weights are not trained"),
+        ("demo", "back", "has a config.json already, which would be lost"),
     ):
         capsys.readouterr()
         assert main(["train", model, "chats.jsonl", "--out", out, "--steps", "1"]) == 2

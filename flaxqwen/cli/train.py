@@ -25,8 +25,9 @@ from flaxqwen.dataset import pack, read_examples
 from flaxqwen.distributed import is_main
 from flaxqwen.hub import resolve_folder
 from flaxqwen.lora import LoraConfig
+from flaxqwen.lora.config import CONFIG_FILE
 from flaxqwen.sharding import mesh_of
-from flaxqwen.trainer import Record, Rows, TrainingOptions, refuse_quantized, train
+from flaxqwen.trainer import SETTINGS, Record, Rows, TrainingOptions, refuse_quantized, train
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -56,7 +57,7 @@ def train_model(
       ImportError: matplotlib is not installed, and plot is asked for.
       ValueError: data that is no chat or text; a model without tokenizer; one that is quantized, or is in `out`,
         where all parameters are trained.
-      FileExistsError: `out` holds weights of another format.
+      FileExistsError: `out` holds a run, and resume is False; a model that is of no run.
     """
     if plot:
         import_figure()  # what is missing is said before a run of hours
@@ -65,7 +66,8 @@ def train_model(
     to: Any = "pytorch" if jax.process_count() == 1 else "orbax"
     if lora is None:
         refuse_quantized(config)
-        _check_out(folder, out, to)
+        refuse_others(out, to)
+    _check_out(folder, out)
     tokenizer = need_tokenizer(load_tokenizer(folder), folder)
     own_dtype = parse_dtype(config.dtype) or jnp.float32
     dtype = jnp.dtype(parse_dtype(options.pop("dtype")) or own_dtype).name
@@ -100,11 +102,14 @@ def train_model(
     print(out)
 
 
-def _check_out(folder: Path, out: Path, to: Any) -> None:
-    """Refuse a folder in which the whole model could not be saved at the end."""
+def _check_out(folder: Path, out: Path) -> None:
+    """Refuse a folder that holds a model, or an adapter, which this run has not made: it would be lost at the end."""
     if out.resolve() == folder.resolve():
         raise ValueError(f"--out {out} is the model itself, which would be lost; give another folder")
-    refuse_others(out, to)
+    if not (out / SETTINGS).is_file():
+        for name in ("config.json", CONFIG_FILE):
+            if (out / name).is_file():
+                raise FileExistsError(f"--out {out} has a {name} already, which would be lost; give another folder")
 
 
 def parse_lora(text: str, base: str) -> LoraConfig:

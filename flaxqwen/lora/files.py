@@ -10,6 +10,8 @@ from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
@@ -17,8 +19,8 @@ from flaxqwen.convert import CheckpointError
 from flaxqwen.convert.checkpoint import Checkpoint
 from flaxqwen.distributed import gather, is_main
 from flaxqwen.lora.config import CONFIG_FILE, LoraConfig
-from flaxqwen.lora.mesh import place
-from flaxqwen.lora.tree import Tree, adapter_shapes, param_shapes, to_name, to_path, to_tensors
+from flaxqwen.lora.mesh import place, replaced
+from flaxqwen.lora.tree import Tree, adapter_shapes, base_array, param_shapes, to_name, to_path, to_tensors
 from flaxqwen.sharding import module_sharding
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -40,14 +42,29 @@ def read_adapter(folder: Path, module: nn.Module, params: Tree) -> tuple[LoraCon
     with Checkpoint(path) as checkpoint:
         tensors = {name.removeprefix(PREFIX): np.array(checkpoint.read(name)) for name in checkpoint.tensors}
     check_tensors(str(path), config, tensors, module, params)
-    return config, place_tensors(tensors, module)
+    return config, place_tensors(tensors, module, params)
 
 
-def place_tensors(tensors: Mapping[str, Any], module: nn.Module) -> Tree:
-    """Tensors by name as a tree on the module's devices, the low-rank ones in float32."""
-    cast = {name: np.asarray(a, np.float32) if ".lora_" in f".{name}" else a for name, a in tensors.items()}
-    leaves = {to_path(name): leaf for name, leaf in cast.items()}
-    return flax.traverse_util.unflatten_dict(place(module_sharding(module), leaves))
+def place_tensors(tensors: Mapping[str, Any], module: nn.Module, params: Tree) -> Tree:
+    """Tensors by name as a tree on the module's devices, the low-rank ones in float32.
+
+    A copy of the base's weights, as peft writes of adapted embeddings, is the base's own array here.
+    """
+    sharding = module_sharding(module)
+    shared, leaves = {}, {}
+    for name, tensor in tensors.items():
+        path = to_path(name)
+        if replaced(path) is None:
+            leaves[path] = np.asarray(tensor, np.float32)
+        elif (own := base_array(params, path, sharding)) is not None and _is_equal(own, tensor):
+            shared[path] = own
+        else:
+            leaves[path] = tensor
+    return flax.traverse_util.unflatten_dict(place(sharding, leaves) | shared)
+
+
+def _is_equal(own: jax.Array, tensor: Any) -> bool:
+    return bool(jnp.array_equal(own, jnp.asarray(tensor).astype(own.dtype)))
 
 
 def check_tensors(where: str, config: LoraConfig, tensors: Mapping[str, Any], module: nn.Module, params: Tree) -> None:

@@ -13,25 +13,29 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from flaxqwen.layout import HeadLayout
 from flaxqwen.lora.config import LoraConfig
 from flaxqwen.lora.mesh import with_heads
-from flaxqwen.lora.tree import Path, Tree, layer_adapter, layer_paths, overrides
+from flaxqwen.lora.tree import Path, Tree, layer_adapter, layer_paths, own_weights
 from flaxqwen.ops.lora import Adapter
+from flaxqwen.sharding import Sharding
 
 BASE = "__base__"  # peft's name for rows without an adapter
 SMALLEST_SLOTS, SMALLEST_RANK = 4, 8
 
 
 def mix_adapters(
-    adapters: Mapping[str, tuple[LoraConfig, Tree]], names: Sequence[str], heads: HeadLayout | None = None
+    adapters: Mapping[str, tuple[LoraConfig, Tree]],
+    names: Sequence[str],
+    params: Tree,
+    sharding: Sharding | None = None,
 ) -> Tree:
     """The collection "lora" of a batch.
 
     Args:
       adapters: all that are loaded, so that any choice of them is the same program.
       names: of each row; "__base__" for none.
-      heads: of the model on its mesh, if it has one.
+      params: of the base; what an adapter shares with them changes nothing.
+      sharding: of the model on its mesh, if it has one.
 
     Raises:
       ValueError: an unknown name; an adapter that has more than A and B.
@@ -42,14 +46,14 @@ def mix_adapters(
             raise ValueError(f"adapter {name!r} is not loaded; expected one of {', '.join(map(repr, known))}")
     parts: list[dict[Path, Adapter]] = [{}]
     for name, (config, tree) in adapters.items():
-        if config.use_dora or config.lora_bias or overrides(tree):
+        if config.use_dora or config.lora_bias or own_weights(tree, params, sharding):
             if name not in names:
                 parts.append({})
                 continue
             raise ValueError(f"adapter {name!r} has DoRA, biases or modules_to_save: adapter_names takes A and B alone")
         found = {path: layer_adapter(config, {}, tree, path) for path in layer_paths(tree)}
-        if heads is not None:
-            found = {path: with_heads(heads, path, adapter) for path, adapter in found.items()}
+        if sharding is not None:
+            found = {path: with_heads(sharding.heads, path, adapter) for path, adapter in found.items()}
         parts.append(jax.device_get(found))
     slots = _round_up(len(parts), SMALLEST_SLOTS)
     rank = _round_up(max((a.B.shape[-1] for part in parts for a in part.values()), default=1), SMALLEST_RANK)

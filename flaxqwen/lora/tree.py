@@ -168,18 +168,31 @@ def base_leaf(params: Tree, path: Path) -> Any:
     return node
 
 
+def base_array(params: Tree, path: Path, sharding: Sharding | None) -> jax.Array | None:
+    """The base's parameter that a path of an adapter replaces, as the checkpoint has it; None: it is quantized."""
+    *owner, name = path
+    if name == "weight" and SCALE in base_leaf(params, tuple(owner)):
+        return None
+    return stored_parameter(sharding, path, base_leaf(params, path))
+
+
 def dense_weight(params: Tree, layer: Path, sharding: Sharding | None = None) -> jax.Array:
     """The float32 weight of a layer, with a sharding as the checkpoint has it; ValueError where it is quantized."""
-    owner = base_leaf(params, layer)
-    if SCALE in owner:
+    weight = base_array(params, (*layer, "weight"), sharding)
+    if weight is None:
         raise ValueError(f"{to_name(layer)} is quantized: DoRA and merging need the weights themselves, load without")
-    weight = stored_parameter(sharding, (*layer, "weight"), jnp.asarray(owner["weight"]))
-    return weight.astype(jnp.float32)
+    return jnp.asarray(weight, jnp.float32)
 
 
 def overrides(adapter: Tree) -> dict[Path, Any]:
     """The tensors of an adapter that stand in for parameters, by their path in the adapter."""
     return {path: leaf for path, leaf in flatten(adapter).items() if replaced(path) is not None}
+
+
+def own_weights(adapter: Tree, params: Tree, sharding: Sharding | None = None) -> dict[Path, Any]:
+    """Those of an adapter's overrides that are not the base's own arrays."""
+    found = overrides(adapter).items()
+    return {path: leaf for path, leaf in found if leaf is not base_array(params, path, sharding)}
 
 
 def adapted_module(module: nn.Module, adapters: Sequence[Tree], merged: bool = False) -> nn.Module:
@@ -285,7 +298,10 @@ def replace_params(params: Tree, leaves: Mapping[Path, Any]) -> Tree:
 def _replaced(node: Tree, path: Path, leaf: Any) -> Tree:
     if len(path) == 1:
         if SCALE in node and path[0] == "weight":
-            raise ValueError("an adapter's modules_to_save cannot replace a quantized weight: load without quantize")
+            raise ValueError(
+                "an adapter with weights of its own (modules_to_save, or embeddings that peft saves besides) cannot go "
+                "over quantized ones: load without quantize"
+            )
         return node | {path[0]: jnp.asarray(leaf).astype(node[path[0]].dtype)}
     return node | {path[0]: _replaced(node[path[0]], path[1:], leaf)}
 

@@ -339,15 +339,23 @@ def test_an_adapter_for_each_row(untied, tmp_path, rng):
     assert not compiled
 
 
-def test_rows_with_an_adapter_of_a_tied_head(tied, tmp_path, rng):
-    theirs, model = tied
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_rows_with_an_adapter_of_the_vocabulary(target, is_tied, untied, tied, tmp_path, rng):
+    """peft writes copies of the base's embeddings beside it, which are the base's own arrays here."""
+    theirs, model = tied if is_tied else untied
     ids = random_ids(rng, (2, 9), 97)
-    adapted = adapter_of_peft(theirs, tmp_path / "with-head", r=4, target_modules=["lm_head", "q_proj"])
-    adapted.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    adapted = adapter_of_peft(theirs, tmp_path, r=4, target_modules=[target, "q_proj"])
+    copies = [name for name in load_file(tmp_path / "adapter_model.safetensors") if "lora_" not in name]
+    assert copies
     want, plain = logits_of(adapted, ids), logits_of(theirs, ids)
     assert np.abs(want - plain).max() > 1e-2 * np.abs(plain).max()
-    rows = model.load_adapter(tmp_path / "a", "a")(ids, adapter_names=["a", "__base__"]).logits
-    close(rows, np.stack([want[0], plain[1]]))
+    ours = model.load_adapter(tmp_path, "a")
+    close(ours(ids, adapter_names=["a", "__base__"]).logits, np.stack([want[0], plain[1]]))
+    own = {id(leaf) for leaf in jax.tree.leaves(model.params)}
+    state = ours.get_adapter_state_dict("a")
+    assert all(id(leaf) in own for name, leaf in state.items() if "lora_" not in name)
+    assert len(state) > len(copies)
 
 
 def test_generation_with_one_adapter(untied, tmp_path, rng):
@@ -399,6 +407,9 @@ def test_adapters_over_quantized_weights(untied, tmp_path, rng):
         adapted.merge_adapter()
     with pytest.raises(ValueError, match="q_proj is quantized"):
         base.load_adapter(tmp_path / "dora")
+    adapter_of_peft(theirs, tmp_path / "head", r=4, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="embeddings that peft saves besides\\) cannot go over quantized"):
+        base.load_adapter(tmp_path / "head")
 
 
 def test_bad_adapters_are_refused(untied, tmp_path):
@@ -415,6 +426,8 @@ def test_bad_adapters_are_refused(untied, tmp_path):
     for name in ("active_adapters", "disable_adapters", "merge_adapter", "get_adapter_state_dict"):
         with pytest.raises(ValueError, match="No adapter loaded"):
             getattr(model, name)()
+    with pytest.raises(ValueError, match="no adapter is active: give adapter_name"):
+        loaded.set_adapter([]).save_adapter(tmp_path / "none")
     ids = np.zeros((2, 3), np.int32)
     with pytest.raises(ValueError, match="adapter 'x' is not loaded; expected one of '__base__', 'default'"):
         loaded(ids, adapter_names=["x", "default"])
