@@ -16,6 +16,7 @@ from flaxqwen.convert.names import (
     HEAD,
     Path,
     base_prefix,
+    is_classifier,
     is_ignored,
     to_name,
     with_audio_prefix,
@@ -38,8 +39,8 @@ def load_params(
 ) -> dict[str, Any]:
     """Read a model's parameters from a checkpoint, tensor by tensor.
 
-    Names with and without the base model's prefix fit each other both ways. Buffers of old checkpoints, and a
-    `lm_head.weight` that the model has no use for, are left out (see `match`).
+    Names with and without the base model's prefix fit each other both ways. Buffers of old checkpoints, and heads
+    that the model has no use for, are left out (see `match`).
 
     Args:
       checkpoint: an open checkpoint of any format.
@@ -76,9 +77,9 @@ def load_params(
 def match(checkpoint: Checkpoint, expected: Mapping[Path, tuple[int, ...]]) -> dict[Path, Tensor]:
     """The checkpoint's tensors by the paths of the model's parameters, in the checkpoint's order.
 
-    A `lm_head.weight` that the model does not have is left out where the model is a bare one or has another head, and
-    where it repeats the embedding of a tied model. One that differs from the embedding is refused: Transformers 5
-    does not tie such a checkpoint, whatever its config says (see `has_own_head`).
+    A classifier's head that the model does not have is left out; so is a `lm_head.weight` where the model is a bare
+    one or has another head, and where it repeats the embedding of a tied model. One that differs from the embedding is
+    refused: Transformers 5 does not tie such a checkpoint, whatever its config says (see `has_own_head`).
 
     Raises:
       CheckpointError: tensors are missing, unexpected, wrongly shaped or of an unsupported dtype: all are listed.
@@ -92,8 +93,10 @@ def match(checkpoint: Checkpoint, expected: Mapping[Path, tuple[int, ...]]) -> d
         if renamed not in wanted:
             renamed = with_audio_prefix(name, wanted)
         if renamed not in wanted:
-            is_head = renamed in (HEAD, f"lm_head.{SCALE}")
-            if not is_ignored(name) and (not is_head or _is_needed_head(checkpoint, wanted, wanted_prefix)):
+            is_unused = is_ignored(name) or is_classifier(renamed)
+            if renamed in (HEAD, f"lm_head.{SCALE}"):
+                is_unused = not _is_needed_head(checkpoint, wanted, wanted_prefix)
+            if not is_unused:
                 problems.append(f"unexpected {name} {list(tensor.shape)}")
             continue
         path = wanted[renamed]

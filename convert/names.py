@@ -23,6 +23,9 @@ EMBEDDING = "embed_tokens.weight"
 BASE_MODULES = ("embed_tokens", "layers", "norm")
 BASE_PREFIXES = ("model.", "transformer.", "")
 
+# The heads of Qwen2ForSequenceClassification and Qwen2ForTokenClassification; of Qwen2ForQuestionAnswering.
+CLASSIFIERS = ("score", "qa_outputs")
+
 # What Qwen2-Audio's modules are called on disk, and by Transformers 5 in memory ("qwen2_audio" in
 # transformers/conversion_mapping.py); it writes the former and reads both. The first that fits.
 AUDIO_PREFIXES = (
@@ -83,6 +86,11 @@ def to_name(path: Iterable[str]) -> str:
 def is_ignored(name: str) -> bool:
     """Whether a checkpoint's tensor is a buffer that no model needs."""
     return any(fnmatchcase("." + name, pattern) for pattern in IGNORED)
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a tensor is of a classifier's head."""
+    return name.split(".")[0] in CLASSIFIERS
 
 
 def base_prefix(names: Iterable[str]) -> str | None:

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig, Qwen2Config, config_from_file
 from flaxqwen.convert import Checkpoint, Progress, has_own_head, load_params, open_checkpoint
 from flaxqwen.convert.names import Path as ParamPath
-from flaxqwen.convert.names import to_name
+from flaxqwen.convert.names import is_classifier, to_name
 from flaxqwen.convert.quantize import SCALE, Scheme, quantized_shapes
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.hub import resolve_folder
@@ -49,8 +49,6 @@ MeshAxes = Mapping[str, tuple[str, ...]]
 AttentionNames = str | Mapping[str, str] | None
 
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-# Heads that are put on a pretrained decoder: missing from its checkpoint, they are drawn at random, with a warning.
-NEW_HEADS = ("score", "qa_outputs")
 # What Transformers loads a model_type with, where it is none of the classes below.
 OTHER_CLASSES = {"qwen2_audio": "AutoModelForSeq2SeqLM"}
 # Names of overrides that older configs have, and the field they are in today.
@@ -414,7 +412,8 @@ def _load(
     if scheme is not None:
         shapes = quantized_shapes(shapes, scheme)
     stored = {name.split(".")[0] for name in checkpoint.tensors}
-    head = {path: shape for path, shape in shapes.items() if path[0] in NEW_HEADS and path[0] not in stored}
+    # A classifier's head is put on a pretrained decoder: missing from its checkpoint, it is drawn, with a warning.
+    head = {path: shape for path, shape in shapes.items() if is_classifier(path[0]) and path[0] not in stored}
     body = {path: shape for path, shape in shapes.items() if path not in head}
     with Progress("Loading") if sys.stderr.isatty() else nullcontext() as report:
         load: Callable[..., Params] = partial(load_params, dtype=np.dtype(dtype), put=jax.device_put, progress=report)

@@ -17,9 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# The programs are tiny: compiling them is nearly all of the time.
 if __name__ == "__main__":  # not where the tests import it: their other processes would have 8 devices, too
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 
 import flax.traverse_util
 import jax

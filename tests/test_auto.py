@@ -198,6 +198,8 @@ def test_a_head_that_is_there_is_loaded_without_a_warning(tmp_path: Path):
     assert model.config.num_labels == 4
     with pytest.raises(ValueError, match=r"score\.weight has shape \[4, 64\], expected \[6, 64\]"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=6)
+    bare = AutoModel.from_pretrained(tmp_path)  # as in Transformers, without the head
+    assert jax.tree.all(jax.tree.map(np.array_equal, bare.params, model.params["model"]))
 
 
 def test_all_that_does_not_fit_is_listed(causal: tuple[Path, Any], tmp_path: Path):

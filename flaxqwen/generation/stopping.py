@@ -80,6 +80,11 @@ def _with_length(options: ResolvedConfig, max_length: int) -> ResolvedConfig:
     prompt = options.max_length - options.max_new_tokens
     if max_length <= prompt:
         raise ValueError(f"MaxLengthCriteria(max_length={max_length}) leaves no room after a prompt of {prompt}")
+    if options.forced_eos_token_id is not None and max_length != options.max_length:
+        # Forced at the options' own length, which a shorter text does not reach.
+        if max_length > options.max_length:
+            raise ValueError("forced_eos_token_id cannot go with a MaxLengthCriteria past max_length: give max_length")
+        options = replace(options, forced_eos_token_id=None)
     return replace(options, max_length=max_length, max_new_tokens=max_length - prompt)
 
 

@@ -72,13 +72,13 @@ def test_base_model_prefix_fits_both_ways(tmp_path: Path, stored: str, wanted: s
     assert_same(load(tmp_path, expected_of(model)), {to_path(name): tensor for name, tensor in model.items()})
 
 
-def test_a_causal_checkpoint_loads_into_the_base_model_and_into_another_head(tmp_path: Path):
-    tensors = random_tensors() | {"score.weight": np.ones((3, 8), BF16)}
+def test_a_checkpoint_loads_into_the_base_model_and_into_another_head(tmp_path: Path):
+    tensors = random_tensors() | {"score.weight": np.ones((3, 8), BF16), "score.bias": np.ones(3, BF16)}
     write(tmp_path, tensors)
     base = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    write(tmp_path, {k: v for k, v in tensors.items() if k != "score.weight"})
     assert_same(load(tmp_path, expected_of(base)), {to_path(k): v for k, v in base.items()})
-    write(tmp_path, tensors)
+    causal = {k: v for k, v in tensors.items() if not k.startswith("score.")}
+    assert_same(load(tmp_path, expected_of(causal)), {to_path(k): v for k, v in causal.items()})
     classifier = {k: v for k, v in tensors.items() if k != "lm_head.weight"}
     assert_same(load(tmp_path, expected_of(classifier)), {to_path(k): v for k, v in classifier.items()})
 

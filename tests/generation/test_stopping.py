@@ -209,7 +209,9 @@ def test_several_criteria_of_theirs(rng, pair_of_models):
         [Never(others)],
     ):
         given = transformers.StoppingCriteriaList(criteria)
-        options = {"stopping_criteria": given, "pad_token_id": 1, "eos_token_id": some, "max_new_tokens": 12}
+        # Forced at max_new_tokens, whatever shorter length the criteria say.
+        options = {"eos_token_id": some, "forced_eos_token_id": 7, "max_new_tokens": 12, "pad_token_id": 1}
+        options["stopping_criteria"] = given
         want = theirs.generate(th(ids), do_sample=False, **options)
         np.testing.assert_array_equal(mine.generate(ids, **options), want)
 
