@@ -278,7 +278,7 @@ def _fill(
 def _fill_draft(model: CausalLM, request: Inputs, room: int, copies: int) -> KVCache:
     """The draft model's cache of the prompts; of embeddings it sees the ids, of audio too, but where it hears it."""
     audio = request.audio if isinstance(model, EarlyExit) else None
-    plain = Inputs(request.input_ids, request.attention_mask, audio=audio)
+    plain = Inputs(request.input_ids, request.attention_mask, audio=audio, positions=request.positions)
     cache = start(_fill, model, plain, None, None, room, copies=copies)
     B = len(request.input_ids) * copies
     return cache.replace(length=np.full(B, request.length, np.int32))

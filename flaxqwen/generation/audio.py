@@ -63,6 +63,8 @@ def with_audio(
     if _is_older(request.input_ids, frames, token):
         if request.cached:
             raise ValueError("past_key_values needs a prompt with an audio token for each vector of audio")
+        if request.positions is not None:
+            raise ValueError("position_ids needs a prompt with an audio token for each vector of audio")
         width = request.length
         older = (request.input_ids, frames, token, request.attention_mask, None, options.pad_token_id or 0)
         prompt = expand_audio_tokens(*older)

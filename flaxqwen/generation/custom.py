@@ -51,9 +51,9 @@ def run_custom(
     Of these it gets, by name, those that it takes: input_ids and attention_mask [B x copies, P], copies of
     each row as many as the larger of num_beams and num_return_sequences;
     generation_config, where all is resolved; logits_processor and stopping_criteria, lists of callables
-    (input_ids, scores) for all that the call asks for; inputs_embeds, past_key_values, streamer, tokenizer; of audio
-    input_features and feature_attention_mask, not encoded yet; and its own arguments. As in Transformers, where it is
-    the decoding method of `generate`.
+    (input_ids, scores) for all that the call asks for; position_ids and inputs_embeds, None where the call has none;
+    past_key_values, streamer, tokenizer; of audio input_features and feature_attention_mask, not encoded yet; and its
+    own arguments. As in Transformers, where it is the decoding method of `generate`.
     """
     if request.guided is not None:
         raise ValueError("guidance_scale cannot go with custom_generate: it is part of the compiled loop")
@@ -68,6 +68,7 @@ def run_custom(
     arguments |= {
         "input_ids": expanded.input_ids,
         "attention_mask": expanded.attention_mask.astype(np.int32),
+        "position_ids": expanded.positions,
         "inputs_embeds": expanded.embeds,
         "generation_config": options,
         "logits_processor": list(choice.processors),

@@ -34,6 +34,7 @@ from flaxqwen.generation.inputs import (
     check_attention_mask,
     check_embeds,
     check_input_ids,
+    check_positions,
     prompt_cache,
     with_negative,
 )
@@ -44,9 +45,9 @@ from flaxqwen.generation.streamers import Stream, Streamer, text_pieces
 
 # generate()'s own arguments, to recognise a misspelt one.
 ARGUMENTS = (
-    "inputs", "input_ids", "attention_mask", "past_key_values", "generation_config", "logits_processor",
-    "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer", "inputs_embeds",
-    "custom_generate", "assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask",
+    "inputs", "input_ids", "attention_mask", "position_ids", "past_key_values", "generation_config",
+    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "streamer", "tokenizer",
+    "inputs_embeds", "custom_generate", "assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask",
     "assistant_tokenizer", "regex", "json_schema", "input_features", "feature_attention_mask",
 )  # fmt: skip
 
@@ -66,6 +67,7 @@ def generate(
     *,
     input_ids: ArrayLike | None = None,
     attention_mask: ArrayLike | None = None,
+    position_ids: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
     inputs_embeds: ArrayLike | None = None,
     input_features: ArrayLike | None = None,
@@ -95,6 +97,7 @@ def generate(
       negative_prompt_ids, negative_prompt_attention_mask: [B, Q], what guidance_scale leads away from; default: the
         prompt's last token.
       attention_mask: [B, P] of 0 and 1; default: as Transformers infers it from the pad token, where it can.
+      position_ids: [B, P] of the prompts, whose last one the new tokens count on from; default: counted over the mask.
       past_key_values: the cache of an earlier generate() or forward over a beginning of input_ids; only the rest is
         run. It is donated: use the one in the result from then on.
       inputs_embeds: [B, P, D], the prompts as embeddings; without input_ids only new tokens are returned.
@@ -125,9 +128,9 @@ def generate(
         model, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus,
         assistant_model, negative_prompt_ids=negative_prompt_ids,
         negative_prompt_attention_mask=negative_prompt_attention_mask, input_ids=input_ids,
-        attention_mask=attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
-        input_features=input_features, feature_attention_mask=feature_attention_mask, tokenizer=tokenizer,
-        regex=regex, json_schema=json_schema, encode=custom_generate is None, **options,
+        attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds, input_features=input_features, feature_attention_mask=feature_attention_mask,
+        tokenizer=tokenizer, regex=regex, json_schema=json_schema, encode=custom_generate is None, **options,
     )  # fmt: skip
     if custom_generate is not None:
         return run_custom(
@@ -249,6 +252,7 @@ def prepare(
     negative_prompt_attention_mask: ArrayLike | None = None,
     input_ids: ArrayLike | None = None,
     attention_mask: ArrayLike | None = None,
+    position_ids: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
     inputs_embeds: ArrayLike | None = None,
     input_features: ArrayLike | None = None,
@@ -297,7 +301,8 @@ def prepare(
     mask = check_attention_mask(attention_mask, ids, resolved, shape)
     if embeds is not None and past_key_values is not None:
         raise ValueError("inputs_embeds cannot go with past_key_values: the cache is matched by token ids")
-    request = Inputs(ids, mask, cached_length(past_key_values, ids), embeds)
+    positions = check_positions(position_ids, shape)
+    request = Inputs(ids, mask, cached_length(past_key_values, ids), embeds, positions=positions)
     request, resolved = with_audio(model, request, resolved, input_features, feature_attention_mask, encode)
     negative = (negative_prompt_ids, negative_prompt_attention_mask)
     if resolved.guidance_scale not in (None, 1.0):

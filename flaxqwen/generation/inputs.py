@@ -49,7 +49,7 @@ class Inputs:
     input_ids: [B, P] int32; [B, 0] where the prompts are embeddings alone.
     attention_mask: [B, P] bool. cached: how many columns the cache holds. embeds: [B, P, D] float32, or None.
     guided: [2B, P'] int32, the prompts and then the negative ones of guidance, or None; attention_mask is then of it.
-    audio: that of all columns, or None.
+    audio: that of all columns, or None. positions: [B, P] int32, of the user; None: counted over attention_mask.
     """
 
     input_ids: np.ndarray
@@ -58,6 +58,7 @@ class Inputs:
     embeds: np.ndarray | None = None
     guided: np.ndarray | None = None
     audio: loop.Audio | None = None
+    positions: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -74,11 +75,19 @@ class Inputs:
         """Whether any column is padding."""
         return not self.attention_mask.all()
 
+    @property
+    def position_ids(self) -> np.ndarray:
+        """[B, P] int32. Source: `_prepare_position_ids_for_generation` in transformers/generation/utils.py."""
+        if self.positions is not None:
+            return self.positions
+        return np.where(self.attention_mask, np.cumsum(self.attention_mask, axis=1) - 1, 0).astype(np.int32)
+
     def repeat(self, copies: int) -> Inputs:
         """Each row `copies` times, next to itself."""
-        arrays = (self.input_ids, self.attention_mask, self.embeds, self.guided, self.audio and self.audio.index)
-        ids, mask, embeds, guided, index = jax.tree.map(lambda a: np.repeat(a, copies, axis=0), arrays)
-        return Inputs(ids, mask, self.cached, embeds, guided, self.audio and self.audio.replace(index=index))
+        own = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "embeds", "guided", "positions")}
+        index = self.audio and self.audio.index
+        own, index = jax.tree.map(lambda a: np.repeat(a, copies, axis=0), (own, index))
+        return replace(self, **own, audio=self.audio and self.audio.replace(index=index))
 
     def guide(self, negative_ids: np.ndarray, negative_mask: np.ndarray) -> Inputs:
         """With negative prompts [B, Q] for guidance, both padded on the left to one length."""
@@ -108,7 +117,6 @@ def make_prompt(request: Inputs, tokens: int, capacity: int, stop: int | None = 
     """
     ids, mask, audio = request.input_ids, request.attention_mask, request.audio
     length = request.length if stop is None else stop
-    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
     new = slice(request.cached, length)
 
     def fill(values: np.ndarray, width: int, value: int = 0) -> np.ndarray:
@@ -117,7 +125,7 @@ def make_prompt(request: Inputs, tokens: int, capacity: int, stop: int | None = 
 
     return loop.Prompt(
         tokens=fill(next(a for a in (request.embeds, request.guided, ids) if a is not None)[:, new], tokens),
-        position_ids=fill(positions[:, new].astype(np.int32), tokens),
+        position_ids=fill(request.position_ids[:, new], tokens),
         slot_mask=fill(mask, capacity, True) if request.padded else None,
         input_ids=fill(ids, capacity),
         cur_len=np.int32(ids.shape[1]),
@@ -179,6 +187,18 @@ def check_attention_mask(
     return check_mask(mask, shape)
 
 
+def check_positions(positions: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Position ids of the prompts as [B, P] int32; a first axis of 1 is for every row, as in forward."""
+    if positions is None:
+        return None
+    array = np.asarray(positions)
+    if array.shape not in (shape, (1, *shape[1:])) or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"position_ids is {array.dtype} {array.shape}; expected integers {shape}, as the prompts")
+    if (array < 0).any():
+        raise ValueError(f"position_ids has {array.min()}; positions are not negative")
+    return np.broadcast_to(array, shape).astype(np.int32)
+
+
 def check_mask(mask: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
     """A mask of 0 and 1 as bool; ValueError where it is not, or not of the shape (B, P)."""
     array = np.asarray(mask)
@@ -217,8 +237,9 @@ def with_negative(
     Raises:
       ValueError: negative prompts that do not fit; prompts that guidance cannot go with.
     """
-    if request.embeds is not None or request.cached:
-        raise ValueError("guidance_scale cannot go with inputs_embeds or past_key_values: give the whole input_ids")
+    if request.embeds is not None or request.cached or request.positions is not None:
+        given = "inputs_embeds, past_key_values or position_ids"
+        raise ValueError(f"guidance_scale cannot go with {given}: give the whole input_ids alone")
     if negative_ids is None:
         if negative_mask is not None:
             raise ValueError("negative_prompt_attention_mask needs negative_prompt_ids")

@@ -271,6 +271,10 @@ BAD = [
     ({}, "no prompt"),
     ({"inputs": [[1, 2]], "attention_mask": [[1]]}, r"attention_mask has shape \(1, 1\)"),
     ({"inputs": [[1, 2]], "attention_mask": [[1, 3]]}, "other than 0 and 1"),
+    ({"inputs": [[1, 2]], "position_ids": [[1]]}, r"position_ids is int64 \(1, 1\); expected integers \(1, 2\)"),
+    ({"inputs": [[1, 2]], "position_ids": [[0.5, 1.5]]}, "position_ids is float64"),
+    ({"inputs": [[1, 2]], "position_ids": [[-1, 0]]}, "position_ids has -1"),
+    ({"inputs": [[1, 2]], "position_ids": [[0, 1]], "guidance_scale": 2.0}, "cannot go with .* position_ids"),
     ({"inputs": [[1, 2]], "temprature": 0.3}, "temperature"),
     ({"inputs": [[1, 2]], "max_new_tokens": 0}, "max_new_tokens"),
     ({"inputs": [[1, 2]], "max_length": 2}, "max_length"),
@@ -308,6 +312,25 @@ def test_bos_is_the_prompt_where_there_is_none(tiny_models):
     theirs, mine = tiny_models
     want = theirs.generate(bos_token_id=17, max_new_tokens=5, do_sample=False)
     np.testing.assert_array_equal(mine.generate(bos_token_id=17, max_new_tokens=5), want)
+
+
+def test_positions_of_the_user(rng, tiny_models):
+    """New tokens count on from the last one, in every way of decoding, and with a cache of the prompt's beginning."""
+    theirs, mine = tiny_models
+    ids = random_ids(rng, (2, 9))
+    given = {"attention_mask": padded_mask([9, 5], 9, "left"), "position_ids": np.cumsum(rng.integers(1, 9, (2, 9)), 1)}
+    plain = mine.generate(ids, attention_mask=given["attention_mask"], max_new_tokens=12)
+    for way in ({}, {"num_beams": 2, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}):
+        options = {"do_sample": False, "max_new_tokens": 12, **way}
+        rows = slice(0, 1) if "prompt_lookup_num_tokens" in way else slice(None)  # theirs drafts for one row
+        own = {name: value[rows] for name, value in given.items()}
+        want = theirs.generate(th(ids[rows]), **{name: th(value) for name, value in own.items()}, **options)
+        np.testing.assert_array_equal(mine.generate(ids[rows], **own, **options), want)
+        assert way or not np.array_equal(want, plain)
+    beginning = {name: value[:, :4] for name, value in given.items()}
+    cache = mine(ids[:, :4], **beginning).past_key_values
+    whole = mine.generate(ids, **given, max_new_tokens=12)
+    np.testing.assert_array_equal(mine.generate(ids, **given, past_key_values=cache, max_new_tokens=12), whole)
 
 
 def test_lists_and_torch_tensors_are_taken(rng, tiny_models):
