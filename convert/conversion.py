@@ -89,8 +89,8 @@ def convert(
     """
     src, dst = Path(src), Path(dst)
     check_options(to, format, layout, max_shard_size)
-    if quantize is not None and (to, format, layout) != ("flax", "safetensors", "checkpoint"):
-        raise ValueError("quantized weights are Flax's safetensors, in the checkpoint's layout")
+    if quantize is not None and (to, layout) != ("flax", "checkpoint"):
+        raise ValueError("quantized weights are in Flax's format, in the checkpoint's layout")
     if quantize is not None:
         check_scheme(quantize)
     wanted = None if dtype is None else weight_dtype(dtype)

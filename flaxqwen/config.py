@@ -21,6 +21,7 @@ from flaxqwen.config_values import (
     FrozenMapping,
     assign,
     check_at_least,
+    check_at_most,
     check_known,
     check_probability,
     errors_of,
@@ -35,6 +36,8 @@ from flaxqwen.rope_config import ROPE_PARAMETERS, RopeParameters
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "tanh", "sigmoid")
 DTYPES = ("float32", "float16", "bfloat16")
 LAYER_TYPES = ("full_attention", "sliding_attention")
+# More than any model has, and less than what takes minutes to lay out.
+MOST_LAYERS, LARGEST_SIZE = 4096, 2**24
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Keys beside our fields that change what a model computes, with the values that leave it as it is here.
@@ -106,7 +109,10 @@ class PretrainedConfig:
     @property
     def quantization_config(self) -> Mapping[str, Any] | None:
         """How the checkpoint's weights are quantized, as config.json says it; None where they are not."""
-        return self.extra.get("quantization_config")
+        found = self.extra.get("quantization_config")
+        if found is not None and not (isinstance(found, Mapping) and isinstance(found.get("quant_method", ""), str)):
+            raise ValueError(f"quantization_config is {show(found)}, expected an object with a quant_method")
+        return found
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -218,6 +224,9 @@ class Qwen2Config(PretrainedConfig):
         super().__post_init__()
         check_at_least(1, self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         check_at_least(1, self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        check_at_most(MOST_LAYERS, self, "num_hidden_layers")
+        check_at_most(LARGEST_SIZE, self, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+        check_at_most(2**31 - 1, self, "max_position_embeddings", "max_window_layers")
         check_at_least(0, self, "max_window_layers", "initializer_range", "rms_norm_eps")
         check_probability(self, "attention_dropout", "classifier_dropout", "hidden_dropout")
         check_known("hidden_act", self.hidden_act, ACTIVATIONS)
@@ -234,6 +243,7 @@ class Qwen2Config(PretrainedConfig):
             if self.hidden_size % heads:
                 raise ValueError(f"hidden_size, {self.hidden_size}, is not a multiple of num_attention_heads, {heads}")
             assign(self, head_dim=DerivedInt(self.hidden_size // heads))
+        check_at_most(LARGEST_SIZE, self, "head_dim")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even number, 2 or more")
 
@@ -366,6 +376,8 @@ class Qwen2AudioEncoderConfig(PretrainedConfig):
         super().__post_init__()
         check_at_least(1, self, "num_mel_bins", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
         check_at_least(1, self, "d_model", "max_source_positions")
+        check_at_most(MOST_LAYERS, self, "encoder_layers")
+        check_at_most(LARGEST_SIZE, self, "num_mel_bins", "encoder_ffn_dim", "d_model", "max_source_positions")
         check_at_least(0, self, "initializer_range")
         check_probability(self, "encoder_layerdrop", "dropout", "attention_dropout", "activation_dropout")
         check_known("activation_function", self.activation_function, ACTIVATIONS)

@@ -134,6 +134,13 @@ def check_at_least(low: float, config: Any, *names: str) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}, expected {low} or more")
 
 
+def check_at_most(high: float, config: Any, *names: str) -> None:
+    """Raise ValueError for the first of the named fields that is above `high`."""
+    for name in names:
+        if getattr(config, name) > high:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected {high} or less")
+
+
 def check_probability(config: Any, *names: str) -> None:
     """Raise ValueError for the first of the named fields that is neither None nor from 0 to 1."""
     for name in names:

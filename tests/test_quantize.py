@@ -242,11 +242,19 @@ def test_weights_in_pieces_and_back(tmp_path: Path, rng: np.random.Generator):
             np.testing.assert_allclose(read_array("a_proj.weight", back), want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantized_msgpack(plain: Path, tmp_path: Path, scheme: str):
+    convert(plain, tmp_path / "msgpack", quantize=scheme, format="msgpack")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "msgpack")
+    made = AutoModelForCausalLM.from_pretrained(plain, quantize=scheme)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, made.params))
+
+
 def test_what_cannot_be_quantized_is_refused(plain: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"quantize='int2' is not supported; expected one of int8, int4"):
         AutoModelForCausalLM.from_pretrained(plain, quantize="int2")
-    for options in ({"to": "pytorch"}, {"layout": "linen"}, {"format": "msgpack"}):
-        with pytest.raises(ValueError, match="quantized weights are Flax's safetensors"):
+    for options in ({"to": "pytorch"}, {"layout": "linen"}):
+        with pytest.raises(ValueError, match="quantized weights are in Flax's format"):
             convert(plain, tmp_path / "a", quantize="int8", **options)
     safetensors.numpy.save_file({"a_proj.weight": np.ones((2, 3), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):

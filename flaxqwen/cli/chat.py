@@ -40,6 +40,7 @@ HELP = """\
 Ctrl-C stops an answer; what there is of it stays in the conversation."""
 CUT = {
     "length": "[stopped after {0.limit} tokens: --max-new-tokens N for more]",
+    "message": "[the message takes more than the model's context of {0.context} tokens: shorten it]",
     "context": "[the model's context of {0.context} tokens is full: /clear begins a new conversation]",
 }
 
@@ -78,15 +79,15 @@ class Conversation:
         exception stops stays as far as it came; the cache, which was donated, is gone then.
 
         Returns:
-          Why it ended: "eos"; "length", at the limit; "context", which is full. A message that does not fit into the
-          context is not added, and has no answer.
+          Why it ended: "eos"; "length", at the limit; "context", which is full; or "message", which does not fit even
+          alone. What does not fit into the context is not added, and has no answer.
         """
         asked = [*self.messages, user_message(message, len(self.waiting))]
         inputs = self._inputs(asked, clips := self.clips + self.waiting)
         tokens = inputs["input_ids"][0].tolist()
         room = self.context - len(tokens)
         if room < 1:
-            return "context"
+            return "context" if self.messages else "message"
         # At least one token must run. Slots past the new length are out of sight, and overwritten.
         kept = min(common_prefix(self.cached, tokens), len(tokens) - 1)
         length = jax.device_put(np.full(1, kept, np.int32))

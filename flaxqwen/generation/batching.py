@@ -303,7 +303,8 @@ def _score(row: Row, ids: jax.Array, length: jax.Array, automaton: jax.Array | N
     scores = logits[None]
     if row.grammar is not None and automaton is not None:
         scores = row.grammar.mask(scores, automaton[None])
-    return process(row.processors, ids[None], scores, length)[0]
+    scores = process(row.processors, ids[None], scores, length)
+    return (scores if row.grammar is None else row.grammar.with_end(scores))[0]
 
 
 def _ends(row: Row, ids: jax.Array, length: jax.Array, token: jax.Array, scores: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ from flaxqwen.generation.loop import (
     settled,
     without_encoder,
 )
-from flaxqwen.generation.sampling import TokenChoice, advance, constrain, guide, process
+from flaxqwen.generation.sampling import TokenChoice, advance, constrain, guide, process, with_end
 
 # Added to the score of a hypothesis that must not win, as in Transformers: it still wins over -inf.
 EXCLUDED = -1.0e9
@@ -291,6 +291,7 @@ def propose(state: BeamState, choice: BeamChoice, scores: jax.Array) -> tuple[Be
     """
     B, M, _ = state.running.sequences.shape
     V = scores.shape[-1]
+    scores = with_end(choice.token, scores)
     total = scores.reshape(B, M, V) + state.running.scores[..., None]
     # The highest of scores with Gumbel noise are draws without replacement, in their order (Kool et al. 2019).
     ranking = total + _gumbel(choice.token, state.position, total.shape) if choice.token.do_sample else total

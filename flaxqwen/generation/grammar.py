@@ -64,6 +64,12 @@ class Grammar(flax.struct.PyTreeNode):
         allowed = allowed.at[:, jnp.asarray(self.ends)].set(final[:, None], mode="drop")
         return jnp.where(allowed, scores, -jnp.inf)
 
+    def with_end(self, scores: jax.Array) -> jax.Array:
+        """Processed scores [B, V] in which a row may end where processors have taken all that its state allows."""
+        stuck = jnp.all(jnp.isneginf(scores), axis=1)
+        end = jnp.asarray(self.ends)[0]
+        return scores.at[:, end].set(jnp.where(stuck, 0.0, scores[:, end]), mode="drop")
+
     def advance(self, state: jax.Array, tokens: jax.Array) -> jax.Array:
         """The states [B] after tokens [B]."""
         classes = jnp.asarray(self.token_class)[tokens]
@@ -128,7 +134,8 @@ def regex_of_schema(schema: Any) -> str:
         _check_schema(json.loads(text))
         return _library().json_schema.build_regex_from_schema(text)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"json_schema cannot be compiled: {error}") from None
+        first, *_ = str(error).splitlines()  # outlines_core's next two ask for a report
+        raise ValueError(f"json_schema cannot be compiled: {first}") from None
 
 
 def _check_schema(schema: Any) -> None:
@@ -142,6 +149,8 @@ def _check_schema(schema: Any) -> None:
     if len(schema.get("allOf", [None])) != 1:
         raise ValueError("allOf of several schemas cannot be enforced: merge them into one")
     for name in ("properties", "$defs", "definitions"):
+        if not isinstance(schema.get(name, {}), Mapping):
+            raise ValueError(f"{name} is {schema[name]!r}, expected an object")
         for inner in schema.get(name, {}).values():
             _check_schema(inner)
     for name in ("items", "additionalProperties"):
@@ -186,7 +195,9 @@ def _make_tables(
         number = {state: count + i for i, state in enumerate(sorted({*transitions, *automaton.get_final_states()}))}
         count += len(number)
         first.append(number[automaton.get_initial_state()])
-        final |= {number[state] for state, tokens in transitions.items() if size in tokens}
+        # END that leads on is one that `.`, or [^x], takes for a character.
+        accepting = set(automaton.get_final_states())
+        final |= {number[state] for state, tokens in transitions.items() if tokens.get(size) in accepting}
         for state, tokens in transitions.items():
             ids = np.fromiter(tokens.keys(), np.int64, len(tokens))
             targets = np.fromiter((number[target] for target in tokens.values()), np.int64, len(tokens))

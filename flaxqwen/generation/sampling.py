@@ -78,6 +78,11 @@ def constrain(choice: TokenChoice, scores: jax.Array, automaton: jax.Array | Non
     return scores if choice.grammar is None or automaton is None else choice.grammar.mask(scores, automaton)
 
 
+def with_end(choice: TokenChoice, scores: jax.Array) -> jax.Array:
+    """Processed scores [B, V] in which a row with a grammar may end where nothing else is left to it."""
+    return scores if choice.grammar is None else choice.grammar.with_end(scores)
+
+
 def advance(choice: TokenChoice, automaton: jax.Array | None, tokens: jax.Array) -> jax.Array | None:
     """The grammar's states [B] after tokens [B]."""
     return None if choice.grammar is None or automaton is None else choice.grammar.advance(automaton, tokens)
@@ -85,6 +90,7 @@ def advance(choice: TokenChoice, automaton: jax.Array | None, tokens: jax.Array)
 
 def choose(choice: TokenChoice, scores: jax.Array, position: jax.Array) -> jax.Array:
     """[B] int32: the next token of each row, from scores [B, V]; drawn by the keys of its position [B], or highest."""
+    scores = with_end(choice, scores)
     return draw(row_keys(choice, position), scores) if choice.do_sample else first_largest(scores)
 
 

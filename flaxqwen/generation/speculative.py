@@ -31,6 +31,7 @@ from flaxqwen.generation.sampling import (
     process,
     row_keys,
     stopped,
+    with_end,
 )
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 
@@ -153,6 +154,7 @@ def draft(
         """The i-th draft, from logits [B, V]."""
         input_ids, drafts, going, cache, automaton = carry
         scores = process(token.processors, input_ids, constrain(token, logits, automaton), rows.cur_len + i)
+        scores = with_end(token, scores)
         if token.do_sample:
             keys = jax.vmap(partial(jax.random.fold_in, data=DRAFTED))(row_keys(token, rows.position + 1 + i))
             tokens = draw(keys, scores)
@@ -259,7 +261,7 @@ def verify(
         at = start + i
         scores = constrain(choice.token, logits, rows.automaton)
         scores = process(choice.token.processors, rows.input_ids, scores, at)
-        tokens, accepted = judge(choice, scores, tokens, scores_q, proposed, rows.position + 1)
+        tokens, accepted = judge(choice, with_end(choice.token, scores), tokens, scores_q, proposed, rows.position + 1)
         ids = write_tokens(rows.input_ids, tokens, jnp.where(going, at, rows.input_ids.shape[1]))
         ended = going & stopped(choice.token, ids, scores, at + 1, tokens)
         automaton = advance(choice.token, rows.automaton, tokens)

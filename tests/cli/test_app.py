@@ -198,6 +198,9 @@ def test_info_says_what_is_quantized(run: Run, copied: Path):
     change_config(copied, quantization_config={"quant_method": "awq", "bits": 4})
     assert json.loads(run("info", copied, "--json").out)["quantization"] == "awq"
     assert "awq, not supported" in run("info", copied).out
+    for odd in (True, {"quant_method": {"name": "awq"}}):
+        change_config(copied, quantization_config=odd)
+        assert_refused(run("info", copied), "quantization_config is")
 
 
 def change_config(folder: Path, **changes: Any) -> None:

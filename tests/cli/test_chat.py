@@ -181,12 +181,13 @@ def test_interrupt_stops_the_answer_and_keeps_it(
 
 
 def test_limit_and_full_context_say_so(run: Run, sentence_model: Path, typed: Callable[..., None]):
-    typed("Speak.", "Speak.", "y" * 160, "z" * 160, "/clear", "Speak.")
+    typed("Speak.", "Speak.", "y" * 160, "z" * 160, "/clear", "x" * 300, "Speak.")
     result = run("chat", sentence_model, "--max-new-tokens", "4")
     assert result.code == 0
     cut = [line.split(":")[0] for line in result.err.splitlines()]
     full = "[the model's context of 256 tokens is full"
-    assert cut == ["[stopped after 4 tokens"] * 2 + [full] * 2 + ["[stopped after 4 tokens"]
+    alone = "[the message takes more than the model's context of 256 tokens"
+    assert cut == ["[stopped after 4 tokens"] * 2 + [full] * 2 + [alone, "[stopped after 4 tokens"]
     assert result.out.count(SENTENCE[0]) == 3
 
 
@@ -195,6 +196,6 @@ def test_answers_end_with_the_context(sentence_model: Path, room: int):
     conversation = converse(sentence_model)
     empty = len(chat_ids(conversation.tokenizer, [{"role": "user", "content": ""}]))
     stream = TextStream(decoder(conversation.tokenizer))
-    assert conversation.ask("y" * (256 - empty - room), stream) == "context"
+    assert conversation.ask("y" * (256 - empty - room), stream) == ("context" if room else "message")
     assert stream.tokens == encode(sentence_model, SENTENCE)[:room]
     assert len(conversation.messages) == (2 if room else 0)

@@ -191,7 +191,7 @@ def test_the_names_are_those_of_the_model(tmp_path: Path):
         ({"format": "msgpack"}, "an orbax checkpoint has a file for each tensor"),
         ({"layout": "linen"}, "an orbax checkpoint has a file for each tensor"),
         ({"max_shard_size": "1GB"}, "an orbax checkpoint has a file for each tensor"),
-        ({"quantize": "int8"}, "quantized weights are Flax's safetensors"),
+        ({"quantize": "int8"}, "quantized weights are in Flax's format"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, src: Path, options: dict[str, Any], message: str):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flaxqwen import AutoModelForCausalLM, Qwen2Config
+from flaxqwen.generation import batching
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
@@ -29,6 +30,8 @@ REGEXES = [
     r'\{"a":[0-9]{1,2}(,"b":"[a-z]{0,3}")?\}',
     r"-?[0-9]+(\.[0-9]+)?",
     r"(xyz|x|zz)",
+    r".{5}",
+    r"[^a]*\D[0-9]",
 ]
 GIVEN = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": EOS, "pad_token_id": EOS}
 
@@ -109,6 +112,33 @@ def test_samples_match_each_rows_own_expression(ours, rng, tokenizer):
             assert re.fullmatch(expressions[i // 8], text_of(row[6:])), text_of(row[6:])
 
 
+@pytest.mark.parametrize("way", [{}, {"do_sample": True}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_a_row_ends_where_other_options_leave_it_nothing(way, ours, rng, tokenizer):
+    """What matches, where the end is not allowed yet; a beginning of it, where a word that it needs is not."""
+    _, mine = random_model(ours, rng)
+    ids = random_ids(rng, (2, 6), VOCAB)
+    given = {"regex": "x[0-9]-y", "tokenizer": tokenizer, "max_new_tokens": 16, "eos_token_id": EOS, **way}
+    for blocked in ({"min_new_tokens": 12}, {"suppress_tokens": [EOS]}):
+        for row in mine.generate(ids, **given, **blocked):
+            assert re.fullmatch("x[0-9]-y", text_of(row[6:]))
+            assert EOS in row[6:]
+    for row in mine.generate(ids, bad_words_ids=[[LETTERS.index("-")]], **given):
+        assert re.fullmatch("x[0-9]", text_of(row[6:]))
+
+
+def test_batched_rows_end_likewise(ours, rng, tokenizer):
+    _, mine = random_model(ours, rng)
+    options = {"regex": "x[0-9]-y", "min_new_tokens": 12} | GIVEN
+    texts = list(random_ids(rng, (3, 6), VOCAB))
+    requests = [batching.make_request(mine, ids, options, tokenizer) for ids in texts]
+    found = batching.run(
+        mine, iter(enumerate(requests)), rows=2, capacity=requests[0].capacity, counts=batching.Counts()
+    )
+    for _, tokens in found:
+        assert re.fullmatch("x[0-9]-y", text_of(np.asarray(tokens)))
+        assert tokens[-1] == EOS
+
+
 def test_host_processors_see_the_constraint(ours, rng, tokenizer):
     """What runs on the host at every step gets scores of what is allowed, and the text still matches."""
     _, mine = random_model(ours, rng)
@@ -148,6 +178,7 @@ def test_other_expressions_compile_nothing(ours, rng, tokenizer):
         ({"json_schema": "{"}, "json_schema cannot be compiled"),
         ({"json_schema": {"type": "nothing"}}, "json_schema cannot be compiled"),
         ({"json_schema": {"items": {"type": "integer", "minimum": 3}}}, "minimum cannot be enforced"),
+        ({"json_schema": {"properties": []}}, r"properties is \[\], expected an object"),
         ({"json_schema": {"pattern": "a+", "minLength": 3}}, "pattern goes without minLength"),
         ({"json_schema": {"allOf": [{"type": "null"}, {"type": "integer"}]}}, "allOf of several"),
     ],
