@@ -107,9 +107,14 @@ def with_prefix(name: str, found: str | None, wanted: str | None) -> str:
     return wanted + base if base.split(".")[0] in BASE_MODULES else name
 
 
+def newer_audio_name(name: str) -> str:
+    """A tensor's name of Qwen2-Audio as Transformers 5 has it in memory; others stay."""
+    return next((to + name.removeprefix(old) for old, to in AUDIO_PREFIXES if name.startswith(old)), name)
+
+
 def with_audio_prefix(name: str, wanted: Container[str]) -> str:
     """A tensor's name as a Qwen2-Audio of the names `wanted` has it, whichever the layout on disk; others stay."""
-    newer = next((to + name.removeprefix(old) for old, to in AUDIO_PREFIXES if name.startswith(old)), name)
+    newer = newer_audio_name(name)
     bare = newer.removeprefix("model.")
     return next((found for found in (newer, bare) if found in wanted), name if newer != HEAD else HEAD)
 

@@ -13,6 +13,7 @@ _HOMES = {
     "AutoModel": "flaxqwen.auto",
     "AutoModelForCausalLM": "flaxqwen.auto",
     "AutoModelForQuestionAnswering": "flaxqwen.auto",
+    "AutoModelForMultimodalLM": "flaxqwen.auto",
     "AutoModelForSeq2SeqLM": "flaxqwen.auto",
     "AutoModelForSequenceClassification": "flaxqwen.auto",
     "AutoModelForTokenClassification": "flaxqwen.auto",

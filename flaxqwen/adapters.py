@@ -16,7 +16,7 @@ from flaxqwen.config import PretrainedConfig, Qwen2Config
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.hub import resolve_adapter
 from flaxqwen.lora import LoraConfig, adapted_module, init_adapter, make_variables, read_adapter, write_adapter
-from flaxqwen.lora.files import check_tensors, place_tensors
+from flaxqwen.lora.files import check_tensors, own_name, place_tensors
 from flaxqwen.lora.merge import merged_params
 from flaxqwen.lora.mixed import BASE, mix_adapters
 from flaxqwen.lora.tree import Tree, to_tensors, with_own_head
@@ -94,9 +94,7 @@ class AdapterMethods:
         if peft_config is None or adapter_state_dict is None:
             raise ValueError("give peft_model_id, or peft_config and adapter_state_dict")
         config = LoraConfig.coerce(peft_config)
-        tensors = {
-            name.removeprefix("base_model.model."): np.asarray(leaf) for name, leaf in adapter_state_dict.items()
-        }
+        tensors = {own_name(name, self.module): np.asarray(leaf) for name, leaf in adapter_state_dict.items()}
         check_tensors("adapter_state_dict", config, tensors, self._base_module, self.params)
         return self._with(adapter_name, config, place_tensors(tensors, self.module, self.params))
 

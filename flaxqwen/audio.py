@@ -75,7 +75,7 @@ def split_audio(waveform: np.ndarray) -> list[np.ndarray]:
     return [waveform[start : start + length] for start in range(0, len(waveform), length)]
 
 
-def process_audio(processor: Any, text: str | Sequence[str], audio: Sequence[Any], **options: Any) -> dict[str, Any]:
+def process_audio(processor: Any, text: str | Sequence[str], audio: Any, **options: Any) -> dict[str, Any]:
     """Prompts with audio as the inputs of forward and generate(): what the processor makes of them, with whole clips.
 
     The processor alone cuts clips off after 30 s, without a word; here a longer one becomes several windows, which
@@ -84,7 +84,7 @@ def process_audio(processor: Any, text: str | Sequence[str], audio: Sequence[Any
     Args:
       processor: of AutoProcessor.
       text: prompts, with one `<|AUDIO|>` for each clip.
-      audio: waveforms [S] at 16 kHz, as of load_audio, in the order of their tokens.
+      audio: waveforms [S] at 16 kHz, as of load_audio, or files, in the order of their tokens; one alone, or None.
       options: more of the processor's, such as padding=True for several prompts.
 
     Returns:
@@ -93,7 +93,10 @@ def process_audio(processor: Any, text: str | Sequence[str], audio: Sequence[Any
     Raises:
       ValueError: another number of clips than of audio tokens, or as check_waveform.
     """
-    windows = [split_audio(check_waveform(waveform)) for waveform in audio]
+    is_one = isinstance(audio, str | os.PathLike) or getattr(audio, "ndim", None) == 1
+    clips = [] if audio is None else [audio] if is_one else audio
+    loaded = (load_audio(clip) if isinstance(clip, str | os.PathLike) else clip for clip in clips)
+    windows = [split_audio(check_waveform(waveform)) for waveform in loaded]
     texts, token = [text] if isinstance(text, str) else list(text), processor.audio_token
     if (found := sum(prompt.count(token) for prompt in texts)) != len(windows):
         raise ValueError(f"the text has {found} {token}, expected one for each of the {len(windows)} clips")

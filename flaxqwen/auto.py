@@ -259,6 +259,10 @@ class AutoModelForSeq2SeqLM(_AutoModel):
     modules: ClassVar = {"qwen2_audio": Qwen2AudioForConditionalGeneration}
 
 
+class AutoModelForMultimodalLM(AutoModelForSeq2SeqLM):
+    """The same, by its newer name in Transformers."""
+
+
 class AutoModelForSequenceClassification(_AutoModel):
     """With a head that labels the row."""
 

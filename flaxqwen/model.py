@@ -30,7 +30,7 @@ from flaxqwen.convert.quantize import SCALE
 from flaxqwen.distributed import is_main
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.generate import generate, stream
-from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, bucket, check_token_ids
+from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, bucket, check_token_ids, to_array
 from flaxqwen.generation.outputs import compute_transition_scores
 from flaxqwen.generation.programs import Programs, Recorder, read_programs, write_programs
 from flaxqwen.generation.streamers import Stream
@@ -76,37 +76,28 @@ class Model(AdapterMethods):
     def __repr__(self) -> str:
         return f"Model({type(self.module).__name__}, {self.num_parameters():,} parameters, {self.dtype.name})"
 
-    def __call__(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        past_key_values: KVCache | None = None,
-        inputs_embeds: Any = None,
-        **inputs: Any,
-    ) -> Any:
+    def __call__(self, *arguments: Any, **inputs: Any) -> Any:
         """forward, jitted: the arguments of the module, as numpy, jax or torch arrays or lists, and its output.
 
         The cache in past_key_values is left as it was; where it has no room for the new tokens, the one returned is
         larger. Inside a transformation of jax what is traced cannot be looked at: a traced cache must have room.
 
         Args:
-          input_ids: [B, T] int, or inputs_embeds [B, T, D].
-          attention_mask: 0 and 1 for all tokens so far, those in past_key_values included; or 4D as in the module.
-          inputs: the others, as in the module's `__call__`; and adapter_names, an adapter's name for each row, or
-            "__base__".
+          arguments: the first of the module's, up to inputs_embeds, in its order: input_ids, attention_mask, ..., with
+            Qwen2-Audio input_ids, input_features, attention_mask, ...
+          inputs: those of the module's `__call__`; and adapter_names, an adapter's name for each row, or "__base__".
+            input_ids is [B, T] int, or inputs_embeds [B, T, D]; attention_mask is 0 and 1 for all tokens so far, those
+            in past_key_values included, or 4D as in the module.
 
         Raises:
-          TypeError: unknown arguments.
+          TypeError: unknown arguments, or one that is there twice.
           ValueError: token ids out of the vocabulary; a mask or a cache that does not fit the tokens.
         """
+        inputs = _named(self.module, arguments, inputs)
         if (names := inputs.pop("adapter_names", None)) is not None:
-            new = input_ids if inputs_embeds is None else inputs_embeds
-            mixed = self._mixed(names, len(new))
-            return mixed(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **inputs)
+            given = (inputs.get(name) for name in ("inputs_embeds", "input_ids"))
+            return self._mixed(names, len(next((value for value in given if value is not None), ())))(**inputs)
         _check_names(self.module, inputs)
-        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         arrays, static = _split(inputs)
         _check_tokens(arrays, self.config)
         _check_labels(arrays, self.module)
@@ -345,6 +336,20 @@ def _with_mask(module: nn.Module, output: Any, mask: Any) -> Any:
     return (*output[:-1], mask) if isinstance(output, tuple) else output.replace(attention_mask=mask)
 
 
+def _named(module: nn.Module, arguments: Sequence[Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name: those without one are the module's first, up to inputs_embeds, in its own order."""
+    if not arguments:
+        return inputs
+    names = list(inspect.signature(module.__call__).parameters)
+    names = names[: names.index("inputs_embeds") + 1] if "inputs_embeds" in names else names
+    if len(arguments) > len(names):
+        raise TypeError(f"{len(arguments)} arguments have no name; give those after {names[-1]} by name")
+    for name in names[: len(arguments)]:
+        if name in inputs:
+            raise TypeError(f"{type(module).__name__} got {name} twice: by its place and by its name")
+    return dict(zip(names, arguments, strict=False)) | inputs
+
+
 def _check_names(module: nn.Module, inputs: dict[str, Any]) -> None:
     """TypeError for an argument that the module does not have, even where it is None."""
     if not inputs:  # looking at a signature takes 20 us
@@ -377,21 +382,8 @@ def _split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
                 )
             arrays[name] = value
         elif value is not None:
-            arrays[name] = _to_array(name, value)
+            arrays[name] = to_array(name, value)
     return arrays, static
-
-
-def _to_array(name: str, value: Any) -> Any:
-    """An array of numpy or jax; jit itself takes 64-bit numbers for the 32-bit ones that jax computes in."""
-    if isinstance(value, jax.Array):
-        return value
-    if hasattr(value, "detach"):  # torch's, maybe on its own device or in a graph
-        value = value.detach().cpu()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value  # numpy has no such dtype
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is no array: {error}") from None
 
 
 def _check_tokens(arrays: dict[str, Any], config: Any) -> None:

@@ -372,6 +372,7 @@ def test_qwen2_audio_is_sent_to_its_class(shared: Path):
         for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
         if type(transformers.AutoConfig.from_pretrained(folder)) in getattr(transformers, name)._model_mapping
     }
+    assert flaxqwen.AutoModelForMultimodalLM.modules == flaxqwen.AutoModelForSeq2SeqLM.modules
     for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
         with pytest.raises(
             ValueError, match=r"does not load model_type 'qwen2_audio': it is for AutoModelForSeq2SeqLM"

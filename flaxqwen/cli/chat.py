@@ -45,6 +45,10 @@ CUT = {
 }
 
 
+class BadMessage(ValueError):
+    """A message whose audio tokens are not as many as its clips; it is not added."""
+
+
 class Conversation:
     """The messages so far, and the KV cache of the tokens that the model has seen.
 
@@ -81,6 +85,9 @@ class Conversation:
         Returns:
           Why it ended: "eos"; "length", at the limit; "context", which is full; or "message", which does not fit even
           alone. What does not fit into the context is not added, and has no answer.
+
+        Raises:
+          BadMessage: a message with other audio tokens than those of its clips.
         """
         asked = [*self.messages, user_message(message, len(self.waiting))]
         inputs = self._inputs(asked, clips := self.clips + self.waiting)
@@ -121,7 +128,10 @@ class Conversation:
         """What generate() takes, of all messages."""
         first = system_messages(self.system)
         if self.processor is not None:
-            return audio_inputs(self.processor, first + messages, clips)
+            try:
+                return audio_inputs(self.processor, first + messages, clips)
+            except ValueError as error:
+                raise BadMessage(error) from None
         return {"input_ids": np.asarray([chat_ids(self.tokenizer, first + messages)])}
 
 
@@ -202,7 +212,11 @@ def listen(path: str, conversation: Conversation) -> None:
 def answer(message: str, conversation: Conversation) -> None:
     """Print the answer to a message, and a line where it was cut or could not begin."""
     stream = TextStream(decoder(conversation.tokenizer), print_now)
-    reason = conversation.ask(message, stream)
+    try:
+        reason = conversation.ask(message, stream)
+    except BadMessage as error:
+        print(f"error: {error}", file=sys.stderr)
+        return
     if stream.tokens:
         print()
     if reason in CUT:

@@ -16,6 +16,7 @@ from flaxqwen.convert.checksums import CHECKSUMS
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.quantize import quantized_shapes, scheme_of
 from flaxqwen.hub import resolve_folder
+from flaxqwen.quantization import quantization_of
 
 
 def convert_model(src: str, dst: Path, dry_run: bool = False, **options: Any) -> None:
@@ -29,6 +30,8 @@ def convert_model(src: str, dst: Path, dry_run: bool = False, **options: Any) ->
     started = time.perf_counter()
     source = find_source(src)
     expected = expected_shapes(source)
+    if (scheme := options.get("quantize")) is not None:
+        quantization_of(None, config_from_file(_folder(source)), scheme)  # whether the model would load
     with Progress("Converting") as report:
         sizes = convert(source, dst, expected=expected, progress=report, dry_run=dry_run, **options)
     seconds = time.perf_counter() - started
@@ -44,6 +47,10 @@ def convert_model(src: str, dst: Path, dry_run: bool = False, **options: Any) ->
 def find_source(src: str) -> Path:
     """The file, or the folder, of a model's name; FileNotFoundError where there is none."""
     return Path(src) if Path(src).is_file() else resolve_folder(src)
+
+
+def _folder(source: Path) -> Path:
+    return source.parent if source.is_file() else source
 
 
 def check_model(src: str) -> None:
@@ -72,7 +79,7 @@ def expected_shapes(source: Path) -> dict[ParamPath, tuple[int, ...]]:
       FileNotFoundError: there is no config.json, or no checkpoint.
       ValueError: a config that is not supported.
     """
-    config = config_from_file(source.parent if source.is_file() else source)
+    config = config_from_file(_folder(source))
     try:
         scheme = scheme_of(config.quantization_config)
     except ValueError as error:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flaxqwen.auto import AutoModelForCausalLM, parse_dtype
 from flaxqwen.cli.common import Console
 from flaxqwen.cli.text import load_tokenizer, need_tokenizer
-from flaxqwen.config import config_from_file
+from flaxqwen.config import Qwen2AudioConfig, config_from_file
 from flaxqwen.convert.save import refuse_others
 from flaxqwen.dataset import pack, read_examples
 from flaxqwen.distributed import is_main
@@ -62,7 +62,9 @@ def train_model(
     if plot:
         import_figure()  # what is missing is said before a run of hours
     folder = resolve_folder(name)
-    config = AutoModelForCausalLM.module_of(config_from_file(folder)).config
+    if isinstance(given := config_from_file(folder), Qwen2AudioConfig):
+        raise ValueError(f"{name} is a Qwen2-Audio, which this command does not train: use flaxqwen.training in Python")
+    config = AutoModelForCausalLM.module_of(given).config
     to: Any = "pytorch" if jax.process_count() == 1 else "orbax"
     if lora is None:
         refuse_quantized(config)

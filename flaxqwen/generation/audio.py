@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from flaxqwen.config import Qwen2AudioConfig
 from flaxqwen.generation.config import ResolvedConfig
-from flaxqwen.generation.inputs import CausalLM, Inputs, bucket, check_input_ids
+from flaxqwen.generation.inputs import CausalLM, Inputs, bucket, check_input_ids, to_array
 from flaxqwen.generation.loop import Audio, Variables
 from flaxqwen.models.audio_inputs import check_audio_tokens, check_features, expand_audio_tokens, tokens_of
 from flaxqwen.models.qwen2_audio import FRAMES_PER_POSITION
@@ -59,7 +59,8 @@ def with_audio(
         return request, options
     if request.embeds is not None:
         raise ValueError("input_features cannot go with inputs_embeds: give input_ids, whose audio tokens it replaces")
-    features, frames = check_features(input_features, feature_attention_mask, config.audio_config)
+    given = to_array("input_features", input_features), to_array("feature_attention_mask", feature_attention_mask)
+    features, frames = check_features(*given, config.audio_config)
     if _is_older(request.input_ids, frames, token):
         if request.cached:
             raise ValueError("past_key_values needs a prompt with an audio token for each vector of audio")
@@ -118,7 +119,8 @@ def repeat_clips(
     ids: np.ndarray, audio_token: int, input_features: ArrayLike, feature_attention_mask: ArrayLike, copies: int
 ) -> dict[str, np.ndarray]:
     """The features and masks of the clips of rows `ids` [B, P], each row's clips after its tokens are repeated."""
-    features, frames = np.asarray(input_features), np.asarray(feature_attention_mask)
+    features = np.asarray(to_array("input_features", input_features))
+    frames = np.asarray(to_array("feature_attention_mask", feature_attention_mask))
     tokens = tokens_of(frames)
     ends = np.cumsum((ids == audio_token).sum(axis=1))  # of each row's audio tokens
     rows = np.searchsorted(ends, np.cumsum(tokens) - tokens, side="right")

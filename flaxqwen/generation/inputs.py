@@ -134,6 +134,19 @@ def make_prompt(request: Inputs, tokens: int, capacity: int, stop: int | None = 
     )
 
 
+def to_array(name: str, value: Any) -> Any:
+    """An array of numpy or jax; jit itself takes 64-bit numbers for the 32-bit ones that jax computes in."""
+    if isinstance(value, jax.Array):
+        return value
+    if hasattr(value, "detach"):  # torch's, maybe on its own device or in a graph
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value  # numpy has no such dtype
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array: {error}") from None
+
+
 def check_input_ids(ids: ArrayLike, config: Qwen2Config) -> np.ndarray:
     """Prompts as [B, P] int32; ValueError for what the model cannot continue."""
     array = np.asarray(ids)
@@ -153,7 +166,7 @@ def check_input_ids(ids: ArrayLike, config: Qwen2Config) -> np.ndarray:
 
 def check_embeds(embeds: ArrayLike, ids: np.ndarray | None, config: Qwen2Config) -> np.ndarray:
     """Prompts as embeddings [B, P, D] float32; ValueError for a shape that fits neither the model nor ids [B, P]."""
-    array = np.asarray(embeds.detach().cpu().float() if hasattr(embeds, "detach") else embeds).astype(np.float32)
+    array = np.asarray(to_array("inputs_embeds", embeds)).astype(np.float32)
     if array.ndim != 3 or 0 in array.shape or array.shape[2] != config.hidden_size:
         raise ValueError(f"inputs_embeds has shape {array.shape}; expected [batch, tokens, {config.hidden_size}]")
     if ids is not None and ids.shape != array.shape[:2]:
@@ -191,7 +204,7 @@ def check_positions(positions: ArrayLike | None, shape: tuple[int, ...]) -> np.n
     """Position ids of the prompts as [B, P] int32; a first axis of 1 is for every row, as in forward."""
     if positions is None:
         return None
-    array = np.asarray(positions)
+    array = np.asarray(to_array("position_ids", positions))
     if array.shape not in (shape, (1, *shape[1:])) or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"position_ids is {array.dtype} {array.shape}; expected integers {shape}, as the prompts")
     if (array < 0).any():
@@ -201,7 +214,7 @@ def check_positions(positions: ArrayLike | None, shape: tuple[int, ...]) -> np.n
 
 def check_mask(mask: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
     """A mask of 0 and 1 as bool; ValueError where it is not, or not of the shape (B, P)."""
-    array = np.asarray(mask)
+    array = np.asarray(to_array("attention_mask", mask))
     if array.shape != shape:
         raise ValueError(f"attention_mask has shape {array.shape}; expected {shape}, as the prompts")
     if not np.isin(array, (0, 1)).all():

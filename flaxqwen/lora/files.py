@@ -17,10 +17,12 @@ import safetensors.numpy
 
 from flaxqwen.convert import CheckpointError
 from flaxqwen.convert.checkpoint import Checkpoint
+from flaxqwen.convert.names import newer_audio_name
 from flaxqwen.distributed import gather, is_main
 from flaxqwen.lora.config import CONFIG_FILE, LoraConfig
 from flaxqwen.lora.mesh import place, replaced
 from flaxqwen.lora.tree import Tree, adapter_shapes, base_array, param_shapes, to_name, to_path, to_tensors
+from flaxqwen.models.qwen2_audio import Qwen2AudioForConditionalGeneration
 from flaxqwen.sharding import module_sharding
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -40,9 +42,15 @@ def read_adapter(folder: Path, module: nn.Module, params: Tree) -> tuple[LoraCon
     if path is None:
         raise FileNotFoundError(f"{folder}: no weights of an adapter; expected {' or '.join(WEIGHTS)}")
     with Checkpoint(path) as checkpoint:
-        tensors = {name.removeprefix(PREFIX): np.array(checkpoint.read(name)) for name in checkpoint.tensors}
+        tensors = {own_name(name, module): np.array(checkpoint.read(name)) for name in checkpoint.tensors}
     check_tensors(str(path), config, tensors, module, params)
     return config, place_tensors(tensors, module, params)
+
+
+def own_name(name: str, module: nn.Module) -> str:
+    """The name in an adapter's tree of a tensor of peft's, whose file of a Qwen2-Audio may be of Transformers 4."""
+    name = name.removeprefix(PREFIX)
+    return newer_audio_name(name) if isinstance(module, Qwen2AudioForConditionalGeneration) else name
 
 
 def place_tensors(tensors: Mapping[str, Any], module: nn.Module, params: Tree) -> Tree:

@@ -71,13 +71,17 @@ def adapted_layers(config: LoraConfig, shapes: Mapping[Path, tuple[int, ...]]) -
     """The layers that an adapter changes.
 
     Raises:
-      ValueError: there are none; DoRA, or a bias, of an embedding.
+      ValueError: there are none; DoRA, or a bias, of an embedding; the encoder's positions.
     """
     layers = [Layer(path[:-1], to_name(path[:-1]), shape) for path, shape in shapes.items() if len(shape) == 2]
     found = [layer for layer in layers if config.targets(layer.name, layer.is_linear)]
     if not found:
         raise ValueError(f"target_modules {config.target_modules!r} names no linear layer or embedding of the model")
     for layer in found:
+        if layer.path[-1] == "embed_positions":
+            raise ValueError(
+                f"adapters of {layer.name} are not supported: it is a table of sines that is added as it is"
+            )
         if not layer.is_linear and (config.use_dora or config.lora_bias):
             raise ValueError(f"use_dora and lora_bias are not supported for embeddings: leave {layer.name} out")
     return found

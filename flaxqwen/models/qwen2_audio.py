@@ -241,7 +241,7 @@ def audio_lengths(frames: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def audio_positions(feature_attention_mask: jax.Array, count: int) -> jax.Array:
     """Which of the first `count` encoder positions are audio, [C, count] bool, by a mask of frames [C, F]."""
-    positions, _ = audio_lengths(feature_attention_mask.sum(-1))
+    positions, _ = audio_lengths(feature_attention_mask.sum(-1).astype(jnp.int32))
     return jnp.arange(count) < positions[:, None]
 
 
@@ -374,12 +374,17 @@ class Qwen2AudioModel(nn.Module):
         feature_attention_mask: jax.Array,
         inputs_embeds: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, D]: the embeddings of input_ids [B, T], with audio [C, P, D] in place of the audio tokens."""
+        """[B, T, D]: the embeddings of input_ids [B, T], with audio [C, P, D] in place of the audio tokens.
+
+        NaN where those are not as many as the clips take: the wrong audio would be heard in silence.
+        """
         if inputs_embeds is not None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         embeds = self.language_model.embed(input_ids, None)
-        _, tokens = audio_lengths(feature_attention_mask.sum(-1))
-        return place_audio(input_ids == self.config.audio_token_index, audio_features, tokens, embeds)
+        _, tokens = audio_lengths(feature_attention_mask.sum(-1).astype(jnp.int32))
+        is_audio = input_ids == self.config.audio_token_index
+        embeds = jnp.where(jnp.sum(is_audio) == jnp.sum(tokens), embeds, jnp.nan)
+        return place_audio(is_audio, audio_features, tokens, embeds)
 
 
 def place_audio(is_audio: jax.Array, audio_features: jax.Array, tokens: jax.Array, embeds: jax.Array) -> jax.Array:

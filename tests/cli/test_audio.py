@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flaxqwen import AutoModelForSeq2SeqLM, load_audio, process_audio
-from flaxqwen.cli.chat import Conversation, obey
+from flaxqwen.cli.chat import Conversation, answer, obey
 from flaxqwen.cli.text import TextStream, decoder, load_processor
 from flaxqwen.generation import audio
 from tests.cli.conftest import Run, assert_refused, save_audio_model
@@ -89,6 +89,20 @@ def test_refusals(run: Run, folder: Path, random_model: Path, speech: tuple[Path
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("preprocessor_config.json", "*.safetensors"))
     assert_refused(run("generate", bare, "What?", "--audio", short), "no processor (preprocessor_config.json")
+    assert_refused(run("convert", folder, tmp_path / "int8", "--quantize", "int8"), "does not run quantized yet")
+    assert not (tmp_path / "int8").exists()
+    assert_refused(run("train", folder, text, "--out", tmp_path / "out"), "a Qwen2-Audio, which this command does not")
+
+
+def test_one_clip_and_files(folder: Path, speech: tuple[Path, Path]):
+    """As Transformers' processor takes them: a waveform alone, a file, none."""
+    processor, path = load_processor(folder), speech[0]
+    text = "<|audio_bos|><|AUDIO|><|audio_eos|>What?"
+    wanted = process_audio(processor, text, [load_audio(path)])
+    for given in (load_audio(path), path, str(path), [path]):
+        found = process_audio(processor, text, given)
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    assert process_audio(processor, "What?", None).keys() == {"input_ids", "attention_mask"}
 
 
 def test_parity(run: Run, folder: Path, speech: tuple[Path, Path], tmp_path: Path):
@@ -151,6 +165,11 @@ def test_chat(folder: Path, speech: tuple[Path, Path], monkeypatch: pytest.Monke
     conversation.waiting.append(load_audio(speech[0])[::-1])  # as many tokens as the first clip has
     tokens = asked("What is said?")
     assert tokens == without_cache()
+
+    before = list(conversation.messages)
+    answer("What is <|AUDIO|>?", conversation)
+    assert "expected one for each of the 1 clips" in capsys.readouterr().err
+    assert conversation.messages == before
 
     obey("/audio none.wav", conversation)
     assert capsys.readouterr().out == "error: none.wav: no such audio file\n"

@@ -97,7 +97,7 @@ def test_custom_generate(model, prompts, encoded):
 
     def loop(model, input_ids, attention_mask, input_features, feature_attention_mask, logits_processor):
         heard = {"input_features": input_features, "feature_attention_mask": feature_attention_mask}
-        logits = model(input_ids, attention_mask, **heard).logits[:, -1]
+        logits = model(input_ids, attention_mask=attention_mask, **heard).logits[:, -1]
         for processor in logits_processor:
             logits = processor(input_ids, logits, None)
         return np.asarray(logits.argmax(-1))
@@ -239,3 +239,17 @@ def test_bad_input(model, prompts):
     first = model.generate(**older, **SHORT, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="past_key_values"):
         model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=2)
+
+
+def test_torch_inputs_of_any_kind(model, prompts):
+    """bfloat16 tensors, as of BatchFeature.to(torch.bfloat16), and those of a graph."""
+    _, newer = prompts
+    rounded = th(newer["input_features"]).bfloat16()
+    given = {name: th(value) for name, value in newer.items()} | {"input_features": rounded}
+    wanted = model.generate(**newer | {"input_features": rounded.float().numpy()}, **SHORT)
+    for changed in (
+        {"attention_mask": given["attention_mask"].bfloat16()},
+        {"feature_attention_mask": given["feature_attention_mask"].bfloat16()},
+        {"input_features": rounded.float().requires_grad_()},
+    ):
+        np.testing.assert_array_equal(model.generate(**given | changed, **SHORT), wanted)

@@ -8,8 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from flaxqwen import GenerationConfig, LoraConfig, Model
+from flaxqwen.convert.names import AUDIO_PREFIXES
+from flaxqwen.lora.files import PREFIX
 from tests.generation.test_audio import SHORT, newer_prompt
 from tests.lora.test_adapters import adapter_of_peft, peft, pytestmark  # noqa: F401
 from tests.models.test_qwen2_audio import CLIPS, models, older_prompt, theirs_of  # noqa: F401
@@ -49,6 +52,33 @@ def test_adapters_of_peft(models, model, rng, tmp_path: Path, targets: str):  # 
     assert state.keys() == wanted_state.keys()
     for name, tensor in wanted_state.items():
         np.testing.assert_array_equal(state[name].numpy(), tensor.numpy())
+
+
+def test_adapters_of_transformers_4(models, model, rng, tmp_path: Path):  # noqa: F811
+    """Whose file has the older names of the modules."""
+    adapter_of_peft(copy.deepcopy(models[0]), tmp_path, r=3, target_modules=["q_proj", "fc1", "linear", "lm_head"])
+    newer = model.load_adapter(tmp_path).get_adapter_state_dict()
+    path = tmp_path / "adapter_model.safetensors"
+    older = {}
+    for name, tensor in load_file(path).items():
+        for old, new in AUDIO_PREFIXES:
+            if name.startswith(PREFIX + new):
+                older[PREFIX + old + name.removeprefix(PREFIX + new)] = tensor
+    assert len(older) == len(load_file(path))
+    assert not set(older) & set(load_file(path))
+    save_file(older, path)
+    read = model.load_adapter(tmp_path).get_adapter_state_dict()
+    given = model.load_adapter(
+        peft_config=model.load_adapter(tmp_path).peft_config["default"], adapter_state_dict=older
+    )
+    for state in (read, given.get_adapter_state_dict()):
+        assert state.keys() == newer.keys()
+        assert all(np.array_equal(state[name], newer[name]) for name in newer)
+
+
+def test_the_encoders_positions_are_not_adapted(model):
+    with pytest.raises(ValueError, match="embed_positions are not supported: it is a table of sines"):
+        model.add_adapter(LoraConfig(target_modules=["embed_positions"]))
 
 
 def test_a_new_adapter_targets_both_halves(model):

@@ -122,6 +122,40 @@ def test_logits_and_loss(models, rng, clips, side):
     np.testing.assert_array_equal(ours.attention_mask, newer["attention_mask"])
 
 
+def test_arguments_by_their_place(models, rng):
+    """In Transformers' order, where input_features come before the mask; what is there twice is refused."""
+    theirs, module, params = models
+    model = Model(module, params, module.config, GenerationConfig())
+    newer = expanded(older_prompt(rng, CLIPS[2], "left"))
+    names = ("input_ids", "input_features", "attention_mask", "feature_attention_mask", "position_ids")
+    wanted = theirs_of(theirs, **{name: newer[name] for name in names}).logits
+    close(model(*(newer[name] for name in names)).logits, wanted, where=newer["attention_mask"].astype(bool))
+    text = random_ids(rng, (2, 7), AUDIO)
+    close(model(text, None, np.ones_like(text)).logits, theirs_of(theirs, input_ids=text).logits)
+    with pytest.raises(TypeError, match="got input_ids twice"):
+        model(text, input_ids=text)
+    with pytest.raises(TypeError, match="8 arguments have no name; give those after inputs_embeds by name"):
+        model(*[text] * 8)
+
+
+def test_another_number_of_audio_tokens_is_nan_in_a_program(models, rng):
+    """Where it cannot be an error: an older prompt, and a clip that is missing."""
+    _, module, params = models
+    older = older_prompt(rng, CLIPS[2], "left")
+    newer = expanded(older)
+    assert np.isfinite(ours_of(module, params, newer).logits).all()
+    missing = newer | {name: newer[name][1:] for name in ("input_features", "feature_attention_mask")}
+    for inputs in (older, missing):
+        assert np.isnan(ours_of(module, params, inputs).logits).all()
+
+
+def test_a_mask_of_frames_may_be_of_floats(models, rng):
+    _, module, params = models
+    newer = expanded(older_prompt(rng, CLIPS[2], "left"))
+    narrow = newer | {"feature_attention_mask": newer["feature_attention_mask"].astype(np.float32)}
+    np.testing.assert_array_equal(ours_of(module, params, narrow).logits, ours_of(module, params, newer).logits)
+
+
 def test_a_first_token_predicted_from_padding(models, rng):
     """Of rows padded on the left, Transformers counts the loss of the first token too, which sees every slot alike."""
     theirs, module, params = models
