@@ -134,8 +134,8 @@ def regex_of_schema(schema: Any) -> str:
         _check_schema(json.loads(text))
         return _library().json_schema.build_regex_from_schema(text)
     except (ValueError, TypeError) as error:
-        first, *_ = str(error).splitlines()  # outlines_core's next two ask for a report
-        raise ValueError(f"json_schema cannot be compiled: {first}") from None
+        reason = str(error).partition("\n")[0]  # outlines_core's next two lines ask for a report
+        raise ValueError(f"json_schema cannot be compiled: {reason}") from None
 
 
 def _check_schema(schema: Any) -> None:
