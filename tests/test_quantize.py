@@ -89,17 +89,24 @@ def test_a_device_rounds_as_the_converter(rng: np.random.Generator, scheme: str)
 def test_contractions(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: Any, rows: int, amx: bool
 ):
-    """Within float32 rounding of the dequantized product (bfloat16: of the result's), past the fused length too."""
+    """Within float32 rounding of the dequantized product (bfloat16: of the result's), past the fused length too.
+
+    A sum in sequence, as XLA's loops without optimisation take it, is off by half a rounding of |x| |w| and in 1 of
+    1,500 by 1.5: a bound on the result itself failed once in some 50 runs.
+    """
     monkeypatch.setattr(ops, "HAS_AMX", amx)
     width = 4864 if rows == 1 else 256
     weight = rng.standard_normal((24, width)).astype(np.float32)
     x = jnp.asarray(rng.standard_normal((rows, 1, width)), dtype)
     values, scale = quantize_rows(weight, scheme)
     got = np.asarray(jax.jit(lambda *inputs: ops.contract_quantized(*inputs))(x, values, scale), np.float64)
-    want = np.asarray(x, np.float64) @ decode({"w": values, "w_scale": scale}, "w").T
+    exact_x, exact_weight = np.asarray(x, np.float64), decode({"w": values, "w_scale": scale}, "w").T
+    want = exact_x @ exact_weight
     wide = dtype == jnp.bfloat16 and scheme == "int4" and rows > 1  # the weight itself is rounded to bfloat16
-    tolerance = 2e-6 if dtype == jnp.float32 else 2**-7 if wide else 2**-8 * 1.01
-    assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+    if dtype == jnp.float32:
+        assert (np.abs(got - want) <= 4 * 2**-24 * (np.abs(exact_x) @ np.abs(exact_weight))).all()
+    else:
+        assert np.abs(got - want).max() <= (2**-7 if wide else 2**-8 * 1.01) * np.abs(want).max()
 
 
 @pytest.fixture(scope="module")

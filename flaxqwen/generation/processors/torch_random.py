@@ -145,7 +145,8 @@ def permutation_starts_with_value(seed: jax.Array, value: jax.Array, n: int, cou
         front |= jnp.any(found, axis=-1)
         further = move(places[-1])
         moves = ~front & (further != places[-1])
-        return further, jnp.where(moves, places[-1], since), front, jnp.any(moves)
+        # No step comes after n: while other values move on, earlier hits at the last place of this one are not its own.
+        return further, jnp.where(moves, places[-1], n), front, jnp.any(moves)
 
     start = value, jnp.full_like(value, -1), jnp.zeros(value.shape, bool), jnp.asarray(True)
     return jax.lax.while_loop(lambda carry: carry[3], follow, start)[2]

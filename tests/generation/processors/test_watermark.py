@@ -18,7 +18,7 @@ from tests.reference import torch
 KEYS = st.sampled_from([15485863, 7, 2**40 + 17, 2**63 - 25, 2**64 - 59, -3, -(2**63)])
 
 
-@pytest.mark.parametrize(("n", "steps"), [(97, 60), (97, 96), (5, 4), (2, 1), (2_000, 1_999), (40_000, 10_000)])
+@pytest.mark.parametrize(("n", "steps"), [(97, 60), (97, 96), (5, 4), (2, 1), (2_000, 1_800), (40_000, 10_000)])
 def test_permutations_are_those_of_torch(n: int, steps: int, rng: np.random.Generator) -> None:
     seeds = rng.integers(0, 2**32, 6).astype(np.uint32)
     words = jax.jit(torch_random.draws, static_argnums=1)(seeds, 1300)
@@ -30,8 +30,10 @@ def test_permutations_are_those_of_torch(n: int, steps: int, rng: np.random.Gene
         for row, permutation in zip(want, permutations, strict=True):
             row[permutation[:count].numpy()] = True
         np.testing.assert_array_equal(first(seeds, n, count, steps), want)
-        values = rng.integers(0, n, len(seeds)).astype(np.int32)
-        np.testing.assert_array_equal(one(seeds, values, n, count, steps), want[np.arange(len(seeds)), values])
+        # Of so many values some move more often than one pass looks at: the others wait for them.
+        rows = np.repeat(np.arange(len(seeds)), 200)
+        values = rng.integers(0, n, len(rows)).astype(np.int32)
+        np.testing.assert_array_equal(one(seeds[rows], values, n, count, steps), want[rows, values])
     for row, seed in zip(words, seeds, strict=True):
         np.testing.assert_array_equal(row, torch_random.host_draws(1300, int(seed)))
         generator = torch.Generator().manual_seed(int(seed))
