@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import flax.linen as nn
@@ -71,7 +72,9 @@ def test_forward(variant, side, rng):
         inputs["attention_mask"] = padded_mask([T, 7, 12], T, side)
         valid = inputs["attention_mask"].astype(bool)
     want = theirs_of(theirs, **inputs, output_hidden_states=True, output_attentions=True)
-    got = module.apply({"params": params}, **inputs, output_hidden_states=True, output_attentions=True)
+    # One program: of a model op by op there are a hundred, twice the time.
+    run = jax.jit(partial(module.apply, output_hidden_states=True, output_attentions=True))
+    got = run({"params": params}, **inputs)
     close(got.logits, want.logits, where=valid)
     assert len(got.hidden_states) == len(want.hidden_states) == 3
     assert len(got.attentions) == len(want.attentions) == 2
@@ -88,7 +91,7 @@ def test_rope_types(rope, length, rng):
     changes = {"rope_parameters": ROPES[rope] | {"rope_theta": 5000.0}, "max_position_embeddings": 64}
     theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, **changes)
     ids = random_ids(rng, (2, length))
-    close(module.apply({"params": params}, ids).logits, theirs_of(theirs, input_ids=ids).logits)
+    close(jax.jit(module.apply)({"params": params}, ids).logits, theirs_of(theirs, input_ids=ids).logits)
 
 
 def test_positions_far_out(rng):
@@ -97,13 +100,16 @@ def test_positions_far_out(rng):
     ids = random_ids(rng, (2, 9))
     positions = np.sort(rng.integers(0, 32768, (2, 9))).astype(np.int32)
     want = theirs_of(theirs, input_ids=ids, position_ids=positions, attention_mask=np.ones((2, 9), np.int32))
-    close(module.apply({"params": params}, ids, position_ids=positions).logits, want.logits)
+    close(jax.jit(module.apply)({"params": params}, ids, position_ids=positions).logits, want.logits)
 
 
 def test_inputs_embeds(rng):
     theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
     embeds = rng.standard_normal((2, 11, 64)).astype(np.float32)
-    close(module.apply({"params": params}, inputs_embeds=embeds).logits, theirs_of(theirs, inputs_embeds=embeds).logits)
+    close(
+        jax.jit(module.apply)({"params": params}, inputs_embeds=embeds).logits,
+        theirs_of(theirs, inputs_embeds=embeds).logits,
+    )
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive", "per-head"])
@@ -148,10 +154,10 @@ def test_cache_rows_of_different_length(rng):
     theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
     ids = random_ids(rng, (2, 12))
     cache = init_cache(module.config, 2, 40, jnp.float32)
-    cache = module.apply({"params": params}, ids, past_key_values=cache).past_key_values
+    cache = jax.jit(module.apply)({"params": params}, ids, past_key_values=cache).past_key_values
     cache = cache.replace(length=jnp.asarray([5, 9]), bound=16)
     new = random_ids(rng, (2, 2))
-    got = module.apply({"params": params}, new, past_key_values=cache)
+    got = jax.jit(module.apply)({"params": params}, new, past_key_values=cache)
     for row, length in enumerate([5, 9]):
         whole = np.concatenate([ids[row, :length], new[row]])[None]
         close(got.logits[row], theirs_of(theirs, input_ids=whole).logits[0, -2:])
@@ -163,10 +169,10 @@ def test_cache_from_forward_continues_as_theirs(rng):
     ids, more = random_ids(rng, (2, 9)), random_ids(rng, (2, 3))
     first = theirs_of(theirs, input_ids=ids)
     want = theirs_of(theirs, input_ids=more, past_key_values=first.past_key_values).logits
-    cache = module.apply({"params": params}, ids).past_key_values.grow(20)
-    close(module.apply({"params": params}, more, past_key_values=cache).logits, want)
+    cache = jax.jit(module.apply)({"params": params}, ids).past_key_values.grow(20)
+    close(jax.jit(module.apply)({"params": params}, more, past_key_values=cache).logits, want)
     at = jnp.arange(9, 12)
-    close(module.apply({"params": params}, more, past_key_values=cache, cache_position=at).logits, want)
+    close(jax.jit(module.apply)({"params": params}, more, past_key_values=cache, cache_position=at).logits, want)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -248,7 +254,7 @@ def test_loss_and_gradients(how, rng):
     def loss(params):
         return module.apply({"params": params}, ids, mask, labels=labels, deterministic=True, **extra).loss
 
-    value, gradients = jax.value_and_grad(loss)(params)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
     assert abs(float(value) - want.loss.item()) <= 1e-6 * abs(want.loss.item())
     ours = {
         jax.tree_util.keystr(path, simple=True, separator="."): g for path, g in jax.tree.leaves_with_path(gradients)
@@ -262,7 +268,7 @@ def test_loss_and_gradients(how, rng):
 def test_all_labels_ignored_is_nan(rng):
     _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
     ids = random_ids(rng, (1, 5))
-    assert np.isnan(module.apply({"params": params}, ids, labels=np.full((1, 5), -100)).loss)
+    assert np.isnan(jax.jit(module.apply)({"params": params}, ids, labels=np.full((1, 5), -100)).loss)
 
 
 def test_packed_rows_equal_separate_ones(rng):
@@ -271,7 +277,7 @@ def test_packed_rows_equal_separate_ones(rng):
     ids = np.concatenate(pieces, axis=1)
     segments = np.repeat([3, 1, 2], [6, 11, 4])[None].astype(np.int32)
     positions = np.concatenate([np.arange(p.shape[1]) for p in pieces])[None].astype(np.int32)
-    got = module.apply({"params": params}, ids, position_ids=positions, segment_ids=segments)
+    got = jax.jit(module.apply)({"params": params}, ids, position_ids=positions, segment_ids=segments)
     assert got.past_key_values is None
     close(got.logits, np.concatenate([theirs_of(theirs, input_ids=p).logits.numpy() for p in pieces], axis=1))
     for use_cache in (False, True):  # without segment_ids, as Transformers finds them: where there is no cache
