@@ -37,6 +37,7 @@ def save_params(
     layout: Layout = "checkpoint",
     dtype: DTypeLike | None = None,
     max_shard_size: int | str | None = None,
+    companions: Mapping[str, bytes] | None = None,
     progress: Report | None = None,
 ) -> None:
     """Write parameters into a folder, which may be there; its weights of the same framework are replaced.
@@ -55,6 +56,7 @@ def save_params(
       layout: "checkpoint", or "linen" for Flax's usual leaves with kernels [in, out].
       dtype: what floating tensors are cast to; default: their own.
       max_shard_size: bytes of a file, as int or like "200MB"; default 5GB. A larger tensor has a file of its own.
+      companions: small files that go with the weights, by name: all of them take their places, or none.
       progress: called with the bytes done and the bytes in all.
 
     Raises:
@@ -69,6 +71,8 @@ def save_params(
         tensors = {name: cast(tensor, weight_dtype(dtype)) for name, tensor in tensors.items()}
     with Staging(folder, counter(tensors, progress)) as staging:
         refuse_others(folder, to)  # again: another process may just have written them
+        for name, data in (companions or {}).items():
+            staging.write_bytes(name, data)
         write_weights(staging, tensors, to, format, layout, max_shard_size)
         staging.commit()
 

@@ -231,17 +231,19 @@ class Model(AdapterMethods):
         sharding = module_sharding(self.module)
         if to == "orbax":
             save_native(self.params, Path(save_directory), sharding)()
+            if is_main():
+                config.save_pretrained(save_directory)
+                if self.can_generate():
+                    self.generation_config.save_pretrained(save_directory)
         elif jax.process_count() > 1:
             raise ValueError(f"to={to!r} is written by one process; to='orbax' by several")
         else:
             params = self.params if sharding is None else sharding.undo_heads(self.params)
             size = "5GB" if max_shard_size is None else max_shard_size
-            save_params(params, save_directory, to=to, max_shard_size=size)
-        if not is_main():
-            return
-        config.save_pretrained(save_directory)
-        if self.can_generate():
-            self.generation_config.save_pretrained(save_directory)
+            companions = {"config.json": config.to_json_string().encode()}
+            if self.can_generate():
+                companions["generation_config.json"] = self.generation_config.to_json_string().encode()
+            save_params(params, save_directory, to=to, max_shard_size=size, companions=companions)
 
     def push_to_hub(
         self,

@@ -26,6 +26,7 @@ from flaxqwen import (
     Qwen2Config,
     init_cache,
 )
+from flaxqwen.convert.staging import Staging
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
@@ -440,6 +441,27 @@ def test_a_full_disk_leaves_the_folder_as_it_was(model: Model, tmp_path: Path, m
         monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert not (tmp_path / "new").exists()
+
+
+def test_config_and_weights_take_their_places_together(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A process that ends right after the weights are there leaves no config of the ones before."""
+    model.save_pretrained(tmp_path)
+    commit = Staging.commit
+
+    def interrupted(staging: Staging) -> None:
+        commit(staging)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "commit", interrupted)
+    changed = dataclasses.replace(
+        model,
+        config=dataclasses.replace(model.config, rms_norm_eps=0.125),
+        generation_config=GenerationConfig(top_k=3),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        changed.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["rms_norm_eps"] == 0.125
+    assert json.loads((tmp_path / "generation_config.json").read_text())["top_k"] == 3
 
 
 def test_saving_again_replaces_the_weights(model: Model, tmp_path: Path):
