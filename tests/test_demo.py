@@ -170,7 +170,7 @@ def test_training_says_at_once_that_it_could_not_save(capsys, monkeypatch, tmp_p
     assert main(["convert", "demo", "int8", "--quantize", "int8"]) == 0
     assert main(["convert", "flax", "back", "--to", "pytorch"]) == 0
     for model, out, message in (
-        ("back", "./back", "is the model itself"),
+        ("back", "./back", "is the folder of the model itself"),
         ("back", "flax", "holds flax_model.safetensors"),
         ("int8", "tuned", "integer weights are not trained"),
         ("demo", "back", "has a config.json already, which would be lost"),

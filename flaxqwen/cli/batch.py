@@ -17,6 +17,7 @@ from flaxqwen.batch import Job, Line, Progress, errors_file, run_job
 from flaxqwen.cli.common import Console
 from flaxqwen.cli.generate import length_options
 from flaxqwen.cli.text import chat_ids, decoder, load_tokenizer, need_tokenizer
+from flaxqwen.config import Qwen2AudioConfig, config_from_file
 from flaxqwen.distributed import agree, is_main
 from flaxqwen.generation.inputs import CausalLM
 from flaxqwen.hub import resolve_folder
@@ -53,6 +54,8 @@ def run_batch(
     folder = resolve_folder(name)
     if not source.is_file():
         raise FileNotFoundError(2, "no such file", str(source))
+    if isinstance(config_from_file(folder), Qwen2AudioConfig):
+        raise ValueError(f"{name} is a Qwen2-Audio, which this command does not run: `flaxqwen generate --audio` does")
     tokenizer = load_tokenizer(folder)
     several = mesh is not None or (distributed and jax.local_device_count() > 1)
     devices = mesh_of(mesh, jax.local_devices()) if several else None

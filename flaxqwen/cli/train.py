@@ -107,7 +107,7 @@ def train_model(
 def _check_out(folder: Path, out: Path) -> None:
     """Refuse a folder that holds a model, or an adapter, which this run has not made: it would be lost at the end."""
     if out.resolve() == folder.resolve():
-        raise ValueError(f"--out {out} is the model itself, which would be lost; give another folder")
+        raise ValueError(f"--out {out} is the folder of the model itself; give another one")
     if not (out / SETTINGS).is_file():
         for name in ("config.json", CONFIG_FILE):
             if (out / name).is_file():

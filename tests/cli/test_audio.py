@@ -92,6 +92,8 @@ def test_refusals(run: Run, folder: Path, random_model: Path, speech: tuple[Path
     assert_refused(run("convert", folder, tmp_path / "int8", "--quantize", "int8"), "does not run quantized yet")
     assert not (tmp_path / "int8").exists()
     assert_refused(run("train", folder, text, "--out", tmp_path / "out"), "a Qwen2-Audio, which this command does not")
+    assert_refused(run("batch", folder, text, tmp_path / "out"), "a Qwen2-Audio, which this command does not run")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_clip_and_files(folder: Path, speech: tuple[Path, Path]):
