@@ -54,12 +54,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def ours():
-    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, vocab_size=VOCAB)
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, vocab_size=VOCAB, num_hidden_layers=1)
     return Model(module, params, module.config, GenerationConfig())
 
 
 def random_model(ours, rng):
-    theirs = torch_model("Qwen2ForCausalLM", tiny(vocab_size=VOCAB), seed=int(rng.integers(2**31)))
+    theirs = torch_model("Qwen2ForCausalLM", tiny(vocab_size=VOCAB, num_hidden_layers=1), seed=int(rng.integers(2**31)))
     return theirs, replace(ours, params=params_of(theirs))
 
 

@@ -30,12 +30,12 @@ GIVEN = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 3, "eos_toke
 
 @pytest.fixture(scope="module")
 def ours():
-    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, vocab_size=VOCAB)
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, vocab_size=VOCAB, num_hidden_layers=1)
     return Model(module, params, module.config, GenerationConfig())
 
 
 def random_model(ours, rng):
-    theirs = torch_model("Qwen2ForCausalLM", tiny(vocab_size=VOCAB), seed=int(rng.integers(2**31)))
+    theirs = torch_model("Qwen2ForCausalLM", tiny(vocab_size=VOCAB, num_hidden_layers=1), seed=int(rng.integers(2**31)))
     return theirs, replace(ours, params=params_of(theirs))
 
 

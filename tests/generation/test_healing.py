@@ -38,7 +38,7 @@ def tokenizer(request):
 @pytest.fixture(scope="module")
 def models():
     """Theirs and ours, which end by token 1 and pad with 0."""
-    theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, vocab_size=330)
+    theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, vocab_size=330, num_hidden_layers=1)
     theirs.generation_config.update(eos_token_id=1, pad_token_id=0)
     return theirs, Model(module, params, module.config, GenerationConfig(eos_token_id=1, pad_token_id=0))
 

@@ -59,7 +59,7 @@ def test_two_hundred_calls_compile_at_most_32_programs(rng, tmp_path):
     for name, content in tokenizer_files().items():
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, vocab_size=VOCAB)
+    _, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM, vocab_size=VOCAB, num_hidden_layers=1)
     model = Model(module, params, module.config, GenerationConfig())
     draft = replace(model, params=jax.tree.map(lambda p: p * 1.1, params))
     with counted_compilations() as compiled:

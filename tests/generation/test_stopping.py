@@ -37,7 +37,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def pair_of_models():
-    return models(max_position_embeddings=2048)
+    return models(max_position_embeddings=2048, num_hidden_layers=1)
 
 
 def likely(tokenizer, words=WORDS, size=331):

@@ -19,7 +19,7 @@ LENGTH = {"max_new_tokens": 14, "eos_token_id": EOS, "pad_token_id": 3}
 
 @pytest.fixture(scope="module")
 def pair_of_models():
-    return models(max_position_embeddings=2048)
+    return models(max_position_embeddings=2048, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
