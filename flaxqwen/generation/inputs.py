@@ -49,7 +49,8 @@ class Inputs:
     input_ids: [B, P] int32; [B, 0] where the prompts are embeddings alone.
     attention_mask: [B, P] bool. cached: how many columns the cache holds. embeds: [B, P, D] float32, or None.
     guided: [2B, P'] int32, the prompts and then the negative ones of guidance, or None; attention_mask is then of it.
-    audio: that of all columns, or None. positions: [B, P] int32, of the user; None: counted over attention_mask.
+    audio: that of all columns, or None.
+    positions: [B, P] int32, of the user, or [2B, P'] of `guided`; None: counted over attention_mask.
     """
 
     input_ids: np.ndarray
@@ -97,10 +98,14 @@ class Inputs:
             padded = [np.pad(part, ((0, 0), (width - part.shape[1], 0)), constant_values=value) for part in parts]
             return np.concatenate(padded)
 
+        # Those of the negative prompts are their columns: Transformers' processor runs them without position_ids.
+        columns = np.broadcast_to(np.arange(negative_ids.shape[1], dtype=np.int32), negative_ids.shape)
+        positions = stack(self.position_ids, columns)
         mask, audio = stack(self.attention_mask, negative_mask), self.audio
         if audio is not None:  # the negative prompts have none
             audio = audio.replace(index=stack(np.asarray(audio.index), np.full_like(negative_ids, -1), value=-1))
-        return replace(self, attention_mask=mask, guided=stack(self.input_ids, negative_ids), audio=audio)
+        guided = stack(self.input_ids, negative_ids)
+        return replace(self, attention_mask=mask, guided=guided, audio=audio, positions=positions)
 
 
 def bucket(n: int, smallest: int) -> int:

@@ -162,6 +162,8 @@ def assert_same(resolved: ResolvedConfig, theirs: dict[str, Any]) -> None:
     theirs = theirs | {"eos_token_id": tuple(token for token in theirs["eos_token_id"] if token >= 0)}
     if not theirs["eos_token_id"]:  # a minimum length has nothing to mask
         theirs["min_new_tokens"] = resolved.min_new_tokens
+    if theirs["pad_token_id"] is not None and theirs["pad_token_id"] < 0:  # with which it cannot fill a row
+        theirs["pad_token_id"] = next(iter(theirs["eos_token_id"]), None)
     assert {name: getattr(resolved, name) for name in theirs} == theirs
 
 

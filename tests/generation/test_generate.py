@@ -55,6 +55,17 @@ def test_greedy_is_theirs(options, padded, rng):
 
 
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_a_negative_padding_is_none(rng, tiny_models):
+    """Rows that wait for others are filled with their end, as where there is no padding; Transformers' own fail."""
+    _, mine = tiny_models
+    for _ in range(5):
+        ids, mask = random_ids(rng, (3, 9)), padded_mask([9, 4, 7], 9, "left")
+        given = {"attention_mask": mask, "eos_token_id": EOS, "max_new_tokens": 40}
+        for way in ({}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}):
+            want = mine.generate(ids, **given, **way, pad_token_id=EOS[0])
+            np.testing.assert_array_equal(mine.generate(ids, **given, **way, pad_token_id=-1), want)
+
+
 @pytest.mark.parametrize("length", [{"max_length": 17}, {"max_new_tokens": 1}, {"max_new_tokens": 2}, {}])
 def test_lengths_are_theirs(length, rng, tiny_models):
     theirs, mine = tiny_models

@@ -39,9 +39,12 @@ def random_model(ours, rng):
     return theirs, replace(ours, params=params_of(theirs))
 
 
-@pytest.mark.parametrize("negative", ["none", "shorter", "longer"])
+@pytest.mark.parametrize("negative", ["none", "shorter", "longer", "right", "hole"])
 def test_greedy_tokens_are_theirs(negative, ours, rng):
-    """30 models in all, two left-padded rows each, with another processor after the guidance."""
+    """50 models in all, two left-padded rows each, with another processor after the guidance.
+
+    Negative prompts padded on the left, on the right, or with a hole, which have the positions of their columns.
+    """
     for index in range(10):
         theirs, mine = random_model(ours, rng)
         ids, mask = random_ids(rng, (2, 9), VOCAB), padded_mask([9, 5], 9, "left")
@@ -49,9 +52,11 @@ def test_greedy_tokens_are_theirs(negative, ours, rng):
         prompts = {"attention_mask": mask}
         if negative != "none":
             width = 4 if negative == "shorter" else 13
+            negative_mask = padded_mask([width, width - 2], width, "right" if negative == "right" else "left")
+            negative_mask[1] = np.roll(negative_mask[1], 1 if negative == "hole" else 0)
             prompts |= {
                 "negative_prompt_ids": random_ids(rng, (2, width), VOCAB),
-                "negative_prompt_attention_mask": padded_mask([width, width - 2], width, "left"),
+                "negative_prompt_attention_mask": negative_mask,
             }
         want = theirs.generate(th(ids), **{name: th(value) for name, value in prompts.items()}, **given)
         got = mine.generate(ids, **prompts, **given)
