@@ -15,8 +15,16 @@ import numpy as np
 from flaxqwen.config import PretrainedConfig, Qwen2Config
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.hub import resolve_adapter
-from flaxqwen.lora import LoraConfig, adapted_module, init_adapter, make_variables, read_adapter, write_adapter
-from flaxqwen.lora.files import check_tensors, own_name, place_tensors
+from flaxqwen.lora import (
+    LoraConfig,
+    adapted_module,
+    fit_adapter,
+    init_adapter,
+    make_variables,
+    read_tensors,
+    write_adapter,
+)
+from flaxqwen.lora.files import check_tensors
 from flaxqwen.lora.merge import merged_params
 from flaxqwen.lora.mixed import BASE, mix_adapters
 from flaxqwen.lora.tree import Tree, to_tensors, with_own_head
@@ -76,8 +84,9 @@ class AdapterMethods:
         """The model with an adapter of peft's format, active alone.
 
         Args:
-          peft_model_id: a folder with adapter_config.json and adapter_model.safetensors, or a hub id; or else
-            peft_config, ours or peft's or a dict, and adapter_state_dict, its tensors by name, give the adapter.
+          peft_model_id: a folder with adapter_config.json and adapter_model.safetensors, or a hub id.
+          peft_config: ours, peft's or a dict, in place of the folder's.
+          adapter_state_dict: tensors by name, in place of the folder's; with peft_config there need be no folder.
           adapter_name: to call it by.
           revision, token, cache_dir, local_files_only: of the hub.
 
@@ -87,16 +96,19 @@ class AdapterMethods:
             one error).
         """
         self._check_new(adapter_name)
+        source, tensors = "adapter_state_dict", adapter_state_dict
         if peft_model_id is not None:
             where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
             folder = resolve_adapter(peft_model_id, revision=revision, **where)
-            return self._with(adapter_name, *read_adapter(folder, self._base_module, self.params))
-        if peft_config is None or adapter_state_dict is None:
+            if peft_config is None:
+                peft_config = LoraConfig.from_file(folder)
+            if tensors is None:
+                source, tensors = read_tensors(folder)
+        if peft_config is None or tensors is None:
             raise ValueError("give peft_model_id, or peft_config and adapter_state_dict")
         config = LoraConfig.coerce(peft_config)
-        tensors = {own_name(name, self.module): np.asarray(leaf) for name, leaf in adapter_state_dict.items()}
-        check_tensors("adapter_state_dict", config, tensors, self._base_module, self.params)
-        return self._with(adapter_name, config, place_tensors(tensors, self.module, self.params))
+        arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+        return self._with(adapter_name, config, fit_adapter(source, config, arrays, self._base_module, self.params))
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = DEFAULT_NAME, *, seed: int = 0) -> Self:
         """The model with a new adapter, drawn as peft draws it, to be trained; active alone.

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig, Qwen2Config, config_from_file
+from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig, Qwen2Config, config_from_file, int_keys
 from flaxqwen.convert import Checkpoint, Progress, has_own_head, load_params, open_checkpoint
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.names import is_classifier, to_name
@@ -64,13 +64,15 @@ class AutoConfig:
     def from_pretrained(
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
+        dtype: Any = None,
+        torch_dtype: Any = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         **overrides: Any,
     ) -> PretrainedConfig:
-        """The config of the class that model_type names; overrides replace its fields.
+        """The config of the class that model_type names; overrides replace its fields, dtype as a model's does.
 
         Raises:
           FileNotFoundError: no such folder or repository.
@@ -85,6 +87,8 @@ class AutoConfig:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
+        if (wanted := parse_dtype(torch_dtype if dtype is None else dtype)) is not None:
+            overrides["dtype"] = np.dtype(wanted).name
         return _override(config_from_file(folder), overrides)
 
 
@@ -147,9 +151,8 @@ class _AutoModel:
             return model.load_adapter(pretrained_model_name_or_path, revision=revision, **where)
         if isinstance(config, str | os.PathLike):
             config = AutoConfig.from_pretrained(config, **where)
-        elif not isinstance(config, PretrainedConfig | None):
-            expected = "one of flaxqwen's, or the folder or the hub id of one"
-            raise TypeError(f"config is a {type(config).__module__}.{type(config).__qualname__}; expected {expected}")
+        elif config is not None:
+            _check_is_config(config, "one of flaxqwen's, or the folder or the hub id of one")
         config = _override(config_from_file(folder) if config is None else config, overrides)
         wanted = parse_dtype(torch_dtype if dtype is None else dtype) or parse_dtype(config.dtype)
         module_of = partial(cls.module_of, mesh=mesh, mesh_axes=mesh_axes, attention=attention_implementation)
@@ -182,20 +185,24 @@ class _AutoModel:
         mesh_axes: MeshAxes | None = None,
         quantize: Scheme | None = None,
         attention_implementation: AttentionNames = None,
+        torch_dtype: Any = None,
     ) -> Model:
         """A model with random weights, drawn as Transformers draws them.
 
         Args:
           config: of one of our models.
           seed: of the draws; one seed gives the same weights on every device, and on every mesh.
-          dtype: of the parameters, as in from_pretrained; default: that of the config, or else float32.
+          dtype: of the parameters, as in from_pretrained; default: that of the config, or else float32. torch_dtype is
+            its older name.
           mesh, mesh_axes: as in from_pretrained.
           quantize, attention_implementation: as in from_pretrained.
 
         Raises:
+          TypeError: a config of another library.
           ValueError: a model_type, a dtype or an attention that is not supported.
         """
-        wanted = parse_dtype(dtype) or parse_dtype(config.dtype) or jnp.float32
+        _check_is_config(config, "one of flaxqwen's, as AutoConfig.from_pretrained(...) gives it")
+        wanted = parse_dtype(torch_dtype if dtype is None else dtype) or parse_dtype(config.dtype) or jnp.float32
         config = dataclasses.replace(config, dtype=np.dtype(wanted).name)
         scheme, config = quantization_of(None, config, quantize)
         module = cls.module_of(config, wanted, mesh, mesh_axes, attention_implementation)
@@ -217,8 +224,14 @@ class _AutoModel:
         """The Linen module for a config; on a mesh, its own config has the heads that fit there.
 
         Raises:
-          ValueError: a model_type that this class does not load; an attention that is not for the devices.
+          TypeError: what is no mesh.
+          ValueError: a model_type that this class does not load; an attention that is not for the devices; mesh_axes
+            without a mesh.
         """
+        if not isinstance(mesh, Mesh | None):
+            raise TypeError(f"mesh is a {type(mesh).__name__}; expected a jax.sharding.Mesh, as of make_mesh(...)")
+        if mesh is None and mesh_axes is not None:
+            raise ValueError("mesh_axes says which axes of a mesh the model lies on: give the mesh too")
         kind = config.model_type
         if kind not in cls.modules:
             known = ", ".join(map(repr, cls.modules))
@@ -297,13 +310,20 @@ def adapter_base(folder: Path) -> str | None:
     """The base model that a folder of peft's, which holds an adapter alone, names; None for any other folder.
 
     Raises:
-      ValueError: it names none.
+      ValueError: it names none, or another adapter.
     """
-    if (folder / "config.json").is_file() or not (folder / CONFIG_FILE).is_file():
+    if not _is_adapter(folder):
         return None
+    path = folder / CONFIG_FILE
     if (base := LoraConfig.from_file(folder).notes.get("base_model_name_or_path")) is None:
-        raise ValueError(f"{folder / CONFIG_FILE}: no base_model_name_or_path: load the base, and load_adapter this")
+        raise ValueError(f"{path}: no base_model_name_or_path: load the base, and load_adapter this")
+    if not isinstance(base, str) or _is_adapter(Path(base)):
+        raise ValueError(f"{path}: base_model_name_or_path is {base!r}; expected the name of a model")
     return base
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
 
 
 def parse_dtype(dtype: Any) -> Any:
@@ -438,6 +458,11 @@ def _stored_dtype(checkpoint: Checkpoint) -> Any:
     return DTYPES[next((name for name in names if name in DTYPES), "float32")]
 
 
+def _check_is_config(config: Any, expected: str) -> None:
+    if not isinstance(config, PretrainedConfig):
+        raise TypeError(f"config is a {type(config).__module__}.{type(config).__qualname__}; expected {expected}")
+
+
 def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:
     """The config with some fields replaced; TypeError for names that are no fields."""
     names = [field.name for field in dataclasses.fields(config) if field.name != "extra"]
@@ -449,6 +474,8 @@ def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretrained
     rope = overrides.get("rope_parameters")
     if isinstance(config, Qwen2Config) and isinstance(rope, Mapping):
         overrides = {**overrides, "rope_parameters": {"rope_theta": config.rope_parameters.rope_theta, **rope}}
+    if isinstance(labels := overrides.get("id2label"), Mapping):  # as config.json has them, or as Python has
+        overrides = {**overrides, "id2label": int_keys(labels)}
     return dataclasses.replace(config, **overrides) if overrides else config
 
 

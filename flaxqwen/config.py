@@ -128,7 +128,7 @@ class PretrainedConfig:
         names = {f.name for f in fields(cls)} - {"extra"}
         given = {k: v for k, v in values.items() if k in names and not (v is None and k in cls._optional)}
         if isinstance(labels := given.get("id2label"), Mapping):
-            given["id2label"] = {int(key) if str(key).isdecimal() else key: label for key, label in labels.items()}
+            given["id2label"] = int_keys(labels)
         return cls(**given, extra={key: value for key, value in values.items() if key not in given})
 
     @classmethod
@@ -417,6 +417,11 @@ class Qwen2AudioConfig(PretrainedConfig):
 _CONFIGS: dict[str, type[PretrainedConfig]] = {
     kind.model_type: kind for kind in (Qwen2Config, Qwen2AudioConfig, Qwen2AudioEncoderConfig)
 }
+
+
+def int_keys(labels: Mapping[Any, str]) -> dict[Any, str]:
+    """Labels by integers, which are strings in JSON; other keys stay, to be refused."""
+    return {int(key) if str(key).isdecimal() else key: label for key, label in labels.items()}
 
 
 def config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:

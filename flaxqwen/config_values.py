@@ -92,7 +92,8 @@ def freeze_fields(config: Any, prefix: str = "") -> None:
         value = freeze(getattr(config, name))
         if not _fits(value, kind):
             raise ValueError(f"{prefix}{name} is {show(value)}, expected {_describe(kind)}")
-        assign(config, **{name: float(value) if float in (kind, *get_args(kind)) and value is not None else value})
+        is_float = float in (get_args(kind) if isinstance(kind, UnionType) else (kind,))
+        assign(config, **{name: float(value) if is_float and value is not None else value})
 
 
 @functools.cache  # of what a class says once and for all: to read it takes 2 ms, in each call of generate()

@@ -44,6 +44,8 @@ def resolve_folder(
     """
     if str(name) in BUILT_IN:
         return BUILT_IN[str(name)]
+    if not os.fspath(name):  # which as a path is the current folder
+        raise FileNotFoundError(f"{name}: an empty name; expected the folder of a model, or a hub id")
     path = Path(os.path.expanduser(name))  # which leaves a ~user that there is none of; Path's own raises RuntimeError
     if path.is_dir():
         return path

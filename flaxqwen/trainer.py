@@ -27,6 +27,7 @@ import optax
 
 from flaxqwen.adapters import DEFAULT_NAME
 from flaxqwen.config import PretrainedConfig
+from flaxqwen.config_values import thaw
 from flaxqwen.dataset import Batches, import_extra
 from flaxqwen.distributed import agree, is_main
 from flaxqwen.files import replacing
@@ -301,12 +302,12 @@ class _Run:
         self._orbax = import_extra("orbax.checkpoint")
         self._metrics = out / "metrics.jsonl"
         settings = out / SETTINGS
-        wanted = json.dumps(dataclasses.asdict(options) | {"data": _summary(rows)}, indent=2) + "\n"
+        wanted = json.dumps(thaw(dataclasses.asdict(options)) | {"data": _summary(rows)}, indent=2) + "\n"
         has_begun = settings.is_file()
         if has_begun:
             if not resume:
                 raise FileExistsError(f"{out} has a run already: --resume goes on with it, or choose another folder")
-            if settings.read_text() != wanted:
+            if json.loads(settings.read_text()) != json.loads(wanted):
                 raise ValueError(f"{settings} has other options or data: a run is resumed with those it began with")
         agree(0)  # all processes have looked
         if is_main() and not has_begun:

@@ -293,6 +293,41 @@ def test_torch_dtype_is_the_older_name(causal: tuple[Path, Any]):
     assert load(causal[0], torch_dtype="bfloat16", dtype="float16").dtype == jnp.float16
     with pytest.raises(ValueError, match="dtype 'int8' is not supported"):
         load(causal[0], torch_dtype="int8")
+    read = AutoConfig.from_pretrained
+    assert AutoModelForCausalLM.from_config(read(causal[0]), torch_dtype="float16").dtype == jnp.float16
+    for given in ({"torch_dtype": "float16"}, {"dtype": torch.float16}, {"dtype": jnp.float16, "torch_dtype": "int8"}):
+        assert read(causal[0], **given).dtype == "float16"
+    assert read(causal[0], dtype="auto") == read(causal[0])
+
+
+def test_labels_by_strings_or_integers(causal: tuple[Path, Any]):
+    """JSON has strings, Python's dicts have integers, and Transformers takes both."""
+    import transformers
+
+    names = ["no", "maybe", "yes"]
+    for labels in (dict(enumerate(names)), {str(i): name for i, name in enumerate(names)}):
+        theirs = transformers.AutoConfig.from_pretrained(causal[0], id2label=labels)
+        found = AutoConfig.from_pretrained(causal[0], id2label=labels)
+        assert dict(found.id2label) == {int(key): name for key, name in theirs.id2label.items()}
+        assert found.num_labels == theirs.num_labels == 3
+
+
+def test_arguments_of_another_kind(causal: tuple[Path, Any]):
+    folder, theirs = causal
+    load, config = AutoModelForCausalLM.from_pretrained, AutoConfig.from_pretrained(causal[0])
+    for other in (theirs.config, "qwen2", None):
+        with pytest.raises(TypeError, match=r"config is a .*; expected one of flaxqwen's, as AutoConfig.from_pre"):
+            AutoModelForCausalLM.from_config(other)
+    for call, what in ((load, folder), (AutoModelForCausalLM.from_config, config)):
+        with pytest.raises(ValueError, match="attention_implementation is 3; expected a name, or names by kind"):
+            call(what, attention_implementation=3)
+        with pytest.raises(TypeError, match=r"mesh is a str; expected a jax\.sharding\.Mesh"):
+            call(what, mesh="tensor=2")
+        with pytest.raises(ValueError, match=r"mesh_axes says which axes .*: give the mesh too"):
+            call(what, mesh_axes={"heads": ("tensor",)})
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="batch_sizes must be a list of whole numbers above 0"):
+        model.warmup([True], [5])
 
 
 def test_overrides_are_fields_of_the_config(causal: tuple[Path, Any], rng: np.random.Generator):

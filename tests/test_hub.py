@@ -108,6 +108,7 @@ def test_offline_by_the_environment(model: Model, tmp_path: Path):
         ("/nowhere/at/all", "no such folder$"),
         ("a/b/c", "no such folder$"),
         (__file__, "a file; expected the folder of a model, or a hub id$"),
+        ("", "an empty name; expected the folder of a model, or a hub id$"),
     ],
 )
 def test_names_that_lead_nowhere_have_one_clear_error(name: str, reason: str, tmp_path: Path):

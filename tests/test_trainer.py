@@ -35,8 +35,11 @@ STEPS = 20
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 KINDS = {
     "plain": LoraConfig(r=4, lora_alpha=16, target_modules=LINEAR),
-    "dora": LoraConfig(r=3, lora_alpha=12, target_modules=("q_proj", "up_proj"), use_dora=True, use_rslora=True),
-}
+    "dora": LoraConfig(
+        r=3, lora_alpha=12, target_modules=("q_proj", "up_proj"), use_dora=True, use_rslora=True,
+        rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 6},
+    ),
+}  # fmt: skip
 OPTIONS: dict[str, Any] = {
     "steps": STEPS, "batch_size": 3, "learning_rate": 5e-3, "warmup_steps": 3, "weight_decay": 0.1, "beta2": 0.98,
     "dtype": "float32", "log_every": 1, "save_every": 1000,

@@ -54,6 +54,8 @@ def run_batch(
     folder = resolve_folder(name)
     if not source.is_file():
         raise FileNotFoundError(2, "no such file", str(source))
+    if target.is_dir():
+        raise IsADirectoryError(21, "a folder; expected a file for the results", str(target))
     if isinstance(config_from_file(folder), Qwen2AudioConfig):
         raise ValueError(f"{name} is a Qwen2-Audio, which this command does not run: `flaxqwen generate --audio` does")
     tokenizer = load_tokenizer(folder)

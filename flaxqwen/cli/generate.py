@@ -24,6 +24,7 @@ from flaxqwen.cli.text import (
     need_tokenizer,
     parse_ids,
     read_prompt,
+    read_text,
 )
 from flaxqwen.config import PretrainedConfig, Qwen2AudioConfig, config_from_file
 from flaxqwen.distributed import is_main
@@ -179,10 +180,15 @@ def check_sources(
 
 
 def constraint(regex: str | None, json_schema: Path | None) -> dict[str, Any]:
-    """Options of generate() for what the text is to match. Raises ValueError for both, FileNotFoundError."""
+    """Options of generate() for what the text is to match.
+
+    Raises:
+      ValueError: both; a file that is not UTF-8.
+      OSError: a file that cannot be read.
+    """
     if regex is not None and json_schema is not None:
         raise ValueError("--regex and --json-schema both say what the text must match: give one of them")
-    return {"regex": regex} if json_schema is None else {"json_schema": json_schema.read_text(encoding="utf-8")}
+    return {"regex": regex} if json_schema is None else {"json_schema": read_text(json_schema)}
 
 
 def sampling_options(

@@ -34,12 +34,12 @@ def show_parity(
     if not sys.stderr.isatty():
         _silence_transformers()
     result = compare(name, dtype=dtype, prompts=prompts, audio=audio, steps=steps)
+    if report is not None:  # before what is printed, which a stream may refuse
+        result.save(report)
     if as_json:
         print(json.dumps(result.to_dict(), ensure_ascii=False))
     else:
         Console(highlight=False, soft_wrap=True).print(result.table())
-    if report is not None:
-        result.save(report)
     return result.passed
 
 

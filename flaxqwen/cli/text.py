@@ -41,6 +41,14 @@ def need_tokenizer(tokenizer: Any, folder: Path) -> Any:
     return tokenizer
 
 
+def read_text(file: Path) -> str:
+    """A file's text; ValueError, with its name, for what is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeError:
+        raise ValueError(f"{file}: not UTF-8 text") from None
+
+
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt's text, from the argument, a file, or (for "-") stdin; without the newline that ends a file.
 
@@ -48,14 +56,14 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
       ValueError: no text, or not UTF-8.
       OSError: a file that cannot be read.
     """
-    try:
-        if file is not None:
-            prompt = file.read_text(encoding="utf-8").removesuffix("\n")
-        elif prompt == "-":
+    if file is not None:
+        prompt = read_text(file).removesuffix("\n")
+    elif prompt == "-":
+        try:
             prompt = sys.stdin.read().removesuffix("\n")
-        assert prompt is not None
-    except UnicodeError:
-        raise ValueError(f"{file or 'the prompt'}: not UTF-8 text") from None
+        except UnicodeError:
+            raise ValueError("the prompt: not UTF-8 text") from None
+    assert prompt is not None
     check_text(prompt, "the prompt")
     if not prompt:
         raise ValueError(f"{file}: empty; expected a prompt" if file else "the prompt is empty")

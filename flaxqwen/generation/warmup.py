@@ -35,7 +35,7 @@ def warmup(model: CausalLM, batch_sizes: Sequence[int], prompt_lengths: Sequence
         own, beams, drafts, token healing or callables on the host.
     """
     for name, sizes in (("batch_sizes", batch_sizes), ("prompt_lengths", prompt_lengths)):
-        if isinstance(sizes, int) or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        if isinstance(sizes, int) or not sizes or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"{name} must be a list of whole numbers above 0, found {sizes!r}")
     refused = [name for name in (*ARGUMENTS, "adapter_names") if name in options and name not in TAKEN]
     if refused:

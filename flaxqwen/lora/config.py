@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flaxqwen.config_values import assign, freeze_fields, thaw
+
 CONFIG_FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 # What peft adapts in Qwen2 where target_modules is not given.
@@ -64,11 +66,12 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
-            if isinstance(value, list | set | frozenset):
-                object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set | frozenset) else value))
+            if isinstance(value, set | frozenset):
+                assign(self, **{name: sorted(value)})
         for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, dict(getattr(self, name) or {}))
-        if any(not isinstance(r, int) or r <= 0 for r in (self.r, *self.rank_pattern.values())):
+            assign(self, **{name: getattr(self, name) or {}})
+        freeze_fields(self)
+        if any(r <= 0 for r in (self.r, *self.rank_pattern.values())):
             raise ValueError(f"r is {self.r} and rank_pattern {dict(self.rank_pattern)}; expected ranks above 0")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; expected from 0 to 1")
@@ -147,10 +150,11 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What adapter_config.json says."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "notes"}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+        own = {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "notes"}
+        if self.lora_alpha.is_integer():  # as peft declares it
+            own["lora_alpha"] = int(self.lora_alpha)
         defaults = {"task_type": None, "base_model_name_or_path": None}
-        return {**defaults, **self.notes, **plain, "peft_type": "LORA", "inference_mode": True}
+        return {**defaults, **thaw(self.notes), **own, "peft_type": "LORA", "inference_mode": True}
 
     def scaling(self, module: str) -> float:
         """What B(A x) is multiplied by in a module."""

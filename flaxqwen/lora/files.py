@@ -19,6 +19,7 @@ from flaxqwen.convert import CheckpointError
 from flaxqwen.convert.checkpoint import Checkpoint
 from flaxqwen.convert.names import newer_audio_name
 from flaxqwen.distributed import gather, is_main
+from flaxqwen.files import replacing
 from flaxqwen.lora.config import CONFIG_FILE, LoraConfig
 from flaxqwen.lora.mesh import place, replaced
 from flaxqwen.lora.tree import Tree, adapter_shapes, base_array, param_shapes, to_name, to_path, to_tensors
@@ -29,22 +30,29 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 
 
-def read_adapter(folder: Path, module: nn.Module, params: Tree) -> tuple[LoraConfig, Tree]:
-    """An adapter for a model, its low-rank tensors in float32 whatever the file has, as peft.
+def read_tensors(folder: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """The file with an adapter's weights in a folder, and its tensors by their names there.
 
     Raises:
-      FileNotFoundError: no adapter in the folder.
-      ValueError: a config that is not supported; tensors that are missing, unexpected, or of another shape (all that
-        is wrong, in one error).
+      FileNotFoundError: no weights of an adapter in the folder.
     """
-    config = LoraConfig.from_file(folder)
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}: no weights of an adapter; expected {' or '.join(WEIGHTS)}")
     with Checkpoint(path) as checkpoint:
-        tensors = {own_name(name, module): np.array(checkpoint.read(name)) for name in checkpoint.tensors}
-    check_tensors(str(path), config, tensors, module, params)
-    return config, place_tensors(tensors, module, params)
+        return str(path), {name: np.array(checkpoint.read(name)) for name in checkpoint.tensors}
+
+
+def fit_adapter(where: str, config: LoraConfig, tensors: Mapping[str, Any], module: nn.Module, params: Tree) -> Tree:
+    """An adapter for a model of tensors by peft's names; the low-rank ones in float32 whatever they were, as peft.
+
+    Raises:
+      ValueError: tensors that are missing, unexpected, or of another shape than the config asks for: all that is
+        wrong, in one error that begins with `where` they are from.
+    """
+    own = {own_name(name, module): tensor for name, tensor in tensors.items()}
+    check_tensors(where, config, own, module, params)
+    return place_tensors(own, module, params)
 
 
 def own_name(name: str, module: nn.Module) -> str:
@@ -101,9 +109,9 @@ def write_adapter(folder: str | os.PathLike[str], config: LoraConfig, adapter: T
     tensors = {PREFIX + name: gather(leaf) for name, leaf in to_tensors(adapter).items()}
     if not is_main():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    written = folder / (WEIGHTS[0] + ".new")
-    safetensors.numpy.save_file(tensors, written, metadata={"format": "pt"})
-    written.replace(folder / WEIGHTS[0])
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    # Both are whole before either takes its place.
+    with replacing(folder / CONFIG_FILE) as written, replacing(folder / WEIGHTS[0]) as weights:
+        safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+        written.write_text(text, encoding="utf-8")
     (folder / WEIGHTS[1]).unlink(missing_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")

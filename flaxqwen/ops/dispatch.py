@@ -83,6 +83,8 @@ def choose_attention(wanted: str | Mapping[str, str] | None, platform: str) -> A
     if isinstance(wanted, str):
         found = IMPLEMENTATIONS.get(wanted)
         wanted = dict.fromkeys(kinds if found is None else found.kinds, wanted)
+    if not isinstance(wanted, Mapping):
+        raise ValueError(f"attention_implementation is {wanted!r}; expected a name, or names by kind of call")
     for kind, name in wanted.items():
         if kind not in kinds:
             raise ValueError(f"attention_implementation has {kind!r}; expected {', '.join(kinds)}")

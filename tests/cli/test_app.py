@@ -239,6 +239,14 @@ def test_parity_exits_by_its_tolerance(run: Run, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "report.json").is_file()
 
 
+def test_parity_saves_what_cannot_be_printed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As on a stream that is not UTF-8: the run of minutes is not lost."""
+    monkeypatch.setattr("flaxqwen.cli.parity.compare", lambda model, **options: StubReport(True))
+    monkeypatch.setattr(StubReport, "table", raises(UnicodeEncodeError("ascii", "请", 0, 1, "ordinal not in range")))
+    assert_refused(run("parity", "m", "--report", tmp_path), "can't encode")
+    assert (tmp_path / "report.json").is_file()
+
+
 def test_parity_refuses_a_report_it_cannot_write(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Before the comparison, not after it."""
     monkeypatch.setattr("flaxqwen.cli.parity.compare", raises(AssertionError("it ran")))

@@ -310,6 +310,7 @@ def test_nothing_to_do(run: Run, random_model: Path, tmp_path: Path):
     assert run("batch", random_model, source, target).out == f"{target}\n"
     assert target.read_bytes() == b""
     assert_refused(run("batch", random_model, tmp_path / "no.jsonl", target), "no.jsonl: no such file")
+    assert_refused(run("batch", random_model, source, tmp_path), f"{tmp_path}: a folder; expected a file")
 
 
 def test_sigkill(run: Run, random_model: Path, tmp_path: Path, rng: np.random.Generator):

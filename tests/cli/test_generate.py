@@ -337,6 +337,8 @@ def test_constrained_and_drafted(run: Run, random_model: Path, tmp_path: Path):
     assert_refused(run(*args, "--regex", "a", "--json-schema", schema), "give one of them")
     assert_refused(run(*args, "--regex", "(a"), "cannot be compiled")
     assert_refused(run(*args, "--json-schema", tmp_path / "none.json"), "none.json")
+    schema.write_bytes(b"\xff{}")
+    assert_refused(run(*args, "--json-schema", schema), f"{schema.name}: not UTF-8 text")
 
 
 COUNTED = """
