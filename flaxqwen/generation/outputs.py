@@ -23,8 +23,9 @@ class GenerateDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):
 
     sequences: [B, P + n] int32, prompts included. scores, logits: n of [B, V] float32, processed and raw, if asked for.
     attentions: n tuples of a [B, N, T, S] for each layer, hidden_states: n tuples of layers + 1 of [B, T, D]: T is the
-    prompt, then 1; S the tokens so far. Rows of padding hold no meaning.
-    past_key_values: the cache of all tokens but the last, to be given to another generate().
+    prompt, then 1 (with use_cache=False too, where Transformers runs all of the text again and gives all of it); S the
+    tokens so far. Rows of padding hold no meaning.
+    past_key_values: the cache of all tokens but the last, to be given to another generate(); None with use_cache=False.
     Ours alone: logprobs: [B, n] float32, log-probabilities of the new tokens by the model alone, before processors;
     top_logprobs, top_tokens: [B, n, top_logprobs] float32 and int32, of the likeliest. 0 after a row's end.
     """
