@@ -99,8 +99,10 @@ def quantize_rows(rows: Any, scheme: Scheme, xp: Any = np) -> tuple[Any, Any]:
     groups = group_count(width) if scheme == "int4" else 1
     grouped = rows.reshape(n, groups, -1)
     scale = xp.abs(grouped).max(axis=-1) * np.float32(1 / LARGEST[scheme])
-    scale = xp.where(scale == 0, np.float32(1), scale)
-    values = xp.rint(grouped * (np.float32(1) / scale)[..., None]).reshape(n, width).astype(np.int8)
+    # Of zeros, and of what is so small that XLA, which takes subnormal numbers for zero, would differ.
+    scale = xp.where(scale < 4 * np.finfo(np.float32).tiny, np.float32(1), scale)
+    with np.errstate(invalid="ignore"):  # NaN and inf, of which the converter warns by name
+        values = xp.rint(grouped * (np.float32(1) / scale)[..., None]).reshape(n, width).astype(np.int8)
     if scheme == "int4":
         nibbles = (values + 8).astype(np.uint8)
         pairs = nibbles.reshape(n, width // 2, 2)

@@ -91,6 +91,8 @@ def _to_examples(texts: list[LearnedText], tokenizer: Any) -> Iterator[Example]:
     encoded = tokenizer([text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True)
     for (_, spans), ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if spans is None:
+            if tokenizer.eos_token_id is None:
+                raise ValueError("the tokenizer has no eos_token, with which a text ends: set one, or train on chats")
             whole = [*ids, tokenizer.eos_token_id]
             yield whole, whole
             continue

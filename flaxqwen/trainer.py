@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 from flaxqwen.adapters import DEFAULT_NAME
+from flaxqwen.auto import DTYPES
 from flaxqwen.config import PretrainedConfig
 from flaxqwen.config_values import thaw
 from flaxqwen.dataset import Batches, import_extra
@@ -69,7 +70,7 @@ class TrainingOptions:
     log_every, save_every, eval_every: in steps; the last step does all three, and an evaluation is logged.
 
     Raises:
-      ValueError: a learning rate or epochs of 0, or less; a beta that is not below 1.
+      ValueError: a value out of its range, or a name that is not known.
     """
 
     steps: int | None = None
@@ -94,18 +95,33 @@ class TrainingOptions:
     eval_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0, and finite")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1")
+        def require(names: str, holds: Callable[[Any], bool], expected: str) -> None:
+            for name in names.split():
+                if not holds(value := getattr(self, name)):
+                    raise ValueError(f"{name} is {value}; expected {expected}")
+
+        def is_whole(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        require("learning_rate epochs", lambda x: 0 < x < math.inf, "more than 0, and finite")
+        require("seed", lambda x: is_whole(x) and 0 <= x < 2**32, f"0 to {2**32 - 1}")
+        require("beta1 beta2", lambda x: 0 <= x < 1, "0 or more, and less than 1")
+        require("steps", lambda x: x is None or (is_whole(x) and x > 0), "a whole number above 0, or None")
+        counts = "batch_size accumulate log_every save_every eval_every"
+        require(counts, lambda x: is_whole(x) and x > 0, "a whole number above 0")
+        require("warmup_steps", lambda x: is_whole(x) and x >= 0, "a whole number, 0 or more")
+        require("final_learning_rate weight_decay eps", lambda x: 0 <= x < math.inf, "0 or more, and finite")
+        require("max_grad_norm", lambda x: x >= 0, "0 or more")
+        for name, known in (("optim", get_args(Optim)), ("remat", get_args(Remat)), ("dtype", tuple(DTYPES))):
+            require(name, known.__contains__, f"one of {', '.join(known)}")
 
     def steps_for(self, rows: int) -> int:
         """Steps of the run, on a number of rows."""
-        return self.steps or max(1, math.ceil(self.epochs * rows / (self.batch_size * self.accumulate)))
+        return (
+            self.steps
+            if self.steps is not None
+            else max(1, math.ceil(self.epochs * rows / (self.batch_size * self.accumulate)))
+        )
 
 
 def train(

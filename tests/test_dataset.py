@@ -63,6 +63,14 @@ def test_tools_are_in_the_prompt(tokenizer):
 UNASKED = json.dumps({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]})
 
 
+def test_a_text_needs_an_end(tokenizer):
+    """Which a tokenizer of another model may not have; chats have one of their own."""
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no eos_token, with which a text ends"):
+        list(read_examples([json.dumps({"text": "ab"})], endless))
+
+
 @pytest.mark.parametrize(
     "bad",
     [

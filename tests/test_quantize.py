@@ -74,11 +74,12 @@ def test_no_weight_is_off_by_more_than_half_a_scale(rng: np.random.Generator, sc
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_device_rounds_as_the_converter(rng: np.random.Generator, scheme: str):
-    """Bit for bit, of weights that lie half-way between two integers, or next to it."""
+    """Bit for bit, of weights that lie half-way between two integers, or next to it; of the tiniest too."""
     largest, steps = {"int8": 127, "int4": 7}[scheme], rng.uniform(0.01, 0.02, (64, 1))
     weight = (rng.integers(-largest, largest, (64, 1024)) + 0.5) * steps
     weight[:, ::64] = largest * steps  # the largest of each row, or group
     weight = np.nextafter(weight.astype(np.float32), rng.choice(np.float32([-9, 9]), weight.shape))
+    weight[:16] = rng.standard_normal((16, 1024)) * 10.0 ** rng.uniform(-44, -30, (16, 1))
     for ours, theirs in zip(quantize_weight(jnp.asarray(weight), scheme), quantize_rows(weight, scheme), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

@@ -172,9 +172,25 @@ def test_models_that_cannot_be_trained_whole(rng: np.random.Generator, tmp_path:
         ("beta1", 1.0),
         ("beta2", -0.1),
         ("seed", 2**32),
+        ("steps", 0),
+        ("steps", -1),
+        ("batch_size", -2),
+        ("accumulate", 0),
+        ("batch_size", 2.5),
+        ("warmup_steps", -1),
+        ("log_every", 0),
+        ("save_every", 0),
+        ("eval_every", 0),
+        ("final_learning_rate", np.nan),
+        ("weight_decay", np.nan),
+        ("max_grad_norm", -1.0),
+        ("eps", -1.0),
+        ("optim", "sgd"),
+        ("remat", "x"),
+        ("dtype", "int8"),
     ],
 )
-def test_options_that_would_train_nothing(name: str, value: Any):
+def test_options_out_of_their_range(name: str, value: Any):
     with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
         TrainingOptions(**{name: value})
 

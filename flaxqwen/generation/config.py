@@ -413,8 +413,8 @@ def resolve(
         values[name] = bool(values[name] and given.return_dict_in_generate)
     eos = _ids(given.eos_token_id)
     values["eos_token_id"] = tuple(token for token in eos if token >= 0)  # -1 is a way to say "none"
-    # With a negative padding Transformers ends in an IndexError as soon as a row waits for the others.
-    pads = [token for token in (given.pad_token_id, *eos) if token is not None and token >= 0]
+    # With a padding that is no token Transformers ends in an IndexError as soon as a row waits for the others.
+    pads = [token for token in (given.pad_token_id, *eos) if token is not None and 0 <= token < 2**31]
     values["pad_token_id"] = pads[0] if pads else None
     values |= _lengths(given, input_length, max_position_embeddings)
     if keywords.get("max_length") is not None and given.max_new_tokens is not None:

@@ -54,6 +54,27 @@ def test_greedy_is_theirs(options, padded, rng):
         np.testing.assert_array_equal(mine.generate(ids, attention_mask=mask, **given), want)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"eos_token_id": [10**12, 7]}, {"pad_token_id": 10**12, "eos_token_id": 7}, {"suppress_tokens": [10**12]},
+        {"begin_suppress_tokens": [10**12]}, {"do_sample": True, "top_k": 10**12, "seed": 1},
+    ],
+    ids=lambda given: next(iter(given)),
+)  # fmt: skip
+def test_numbers_beyond_32_bits(given, rng, tiny_models):
+    """Ids that are no tokens act on none, and so many likeliest tokens are all; no integer overflows."""
+    _, mine = tiny_models
+    ids = random_ids(rng, (2, 6))
+    plain = {name: value for name, value in given.items() if name in ("do_sample", "seed")}
+    plain |= {"top_k": 0} if "top_k" in given else {}
+    plain["eos_token_id"] = 7 if "eos_token_id" in given else None
+    options = {"max_new_tokens": 9} | ({"eos_token_id": None} | given)
+    np.testing.assert_array_equal(mine.generate(ids, **options), mine.generate(ids, max_new_tokens=9, **plain))
+    with pytest.raises(ValueError, match="these tokens are biased"):
+        mine.generate(ids, max_new_tokens=2, bad_words_ids=[[10**12]])
+
+
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_a_negative_padding_is_none(rng, tiny_models):
     """Rows that wait for others are filled with their end, as where there is no padding; Transformers' own fail."""

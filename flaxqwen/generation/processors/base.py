@@ -86,10 +86,10 @@ def require_integer(name: str, value: Any, least: int) -> None:
 def pad_ids(ids: Any, multiple: int = 4) -> np.ndarray:
     """A list of token ids as an int32 array, filled up with NO_ID so that few lengths, and few programs, exist.
 
-    Negative ids stand for no id, as in Transformers, where they equal no token.
+    Negative ids, and those beyond int32, stand for no id: as in Transformers, they equal no token.
     """
-    given = np.atleast_1d(np.asarray([] if ids is None else ids, np.int32))
-    given = np.where(given < 0, NO_ID, given)
+    given = np.atleast_1d(np.asarray([] if ids is None else ids))
+    given = np.where((given < 0) | (given > NO_ID), NO_ID, given).astype(np.int32)
     length = -(-max(given.size, 1) // multiple) * multiple
     return np.concatenate([given, np.full(length - given.size, NO_ID, np.int32)])
 

@@ -97,7 +97,8 @@ class Sequences:
         width = 1 << (max(map(len, biases), default=1) - 1).bit_length()
         prefixes = np.full((rows, width), NO_ID, np.int32)
         last, bias = np.full(rows, NO_ID, np.int32), np.zeros(rows, np.float32)
-        for row, (sequence, value) in enumerate(biases.items()):
+        for row, (tokens, value) in enumerate(biases.items()):
+            sequence = [min(token, NO_ID - 1) for token in tokens]  # no model has so many
             prefixes[row, : len(sequence) - 1] = sequence[-2::-1]
             last[row], bias[row] = sequence[-1], value
         return cls(prefixes, last, bias)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from flaxqwen.generation.processors.base import (
+    NO_ID,
     is_number,
     kth_highest,
     processor,
@@ -71,6 +72,8 @@ class TopKLogitsWarper:
 
     def __post_init__(self) -> None:
         require_integer("top_k", self.top_k, 1)
+        if is_number(self.top_k):  # all tokens and more; the program's numbers have 32 bits
+            object.__setattr__(self, "top_k", min(int(self.top_k), NO_ID))
         if self.limit is None:
             largest = max(int(np.asarray(self.top_k)), int(np.asarray(self.min_tokens_to_keep)), MIN_TOP_K_LIMIT)
             object.__setattr__(self, "limit", 1 << (largest - 1).bit_length())
