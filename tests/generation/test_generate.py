@@ -75,7 +75,6 @@ def test_numbers_beyond_32_bits(given, rng, tiny_models):
         mine.generate(ids, max_new_tokens=2, bad_words_ids=[[10**12]])
 
 
-@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_a_negative_padding_is_none(rng, tiny_models):
     """Rows that wait for others are filled with their end, as where there is no padding; Transformers' own fail."""
     _, mine = tiny_models
@@ -87,6 +86,7 @@ def test_a_negative_padding_is_none(rng, tiny_models):
             np.testing.assert_array_equal(mine.generate(ids, **given, **way, pad_token_id=-1), want)
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 @pytest.mark.parametrize("length", [{"max_length": 17}, {"max_new_tokens": 1}, {"max_new_tokens": 2}, {}])
 def test_lengths_are_theirs(length, rng, tiny_models):
     theirs, mine = tiny_models
