@@ -107,6 +107,7 @@ def test_rows_samples_and_states(ours, rng):
 def test_values_compile_nothing(ours, rng):
     _, mine = random_model(ours, rng)
     ids, negative = random_ids(rng, (1, 6), VOCAB), random_ids(rng, (1, 5), VOCAB)
+    negative[negative == GIVEN["pad_token_id"]] = 4  # which would be masked, and then be another program
     mine.generate(ids, negative_prompt_ids=negative, guidance_scale=2.0, **GIVEN)
     with counted_compilations() as compiled:
         mine.generate(ids, negative_prompt_ids=negative[:, 1:], guidance_scale=0.3, **GIVEN)

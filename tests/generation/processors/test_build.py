@@ -170,7 +170,7 @@ def test_values_never_compile_again(models: Any, rng: np.random.Generator) -> No
     """Of all options at once: one program, whatever their numbers, and however many ids there are, to a point."""
     _, mine = models(5)
     base = everything(watermarking_config={"bias": 2.0}, top_k=50)
-    mine.generate(random_ids(rng, (1, 9)), **base)
+    mine.generate(random_ids(rng, (1, 9)), attention_mask=np.ones((1, 9), np.int32), **base)
     changes: list[dict[str, Any]] = [
         {"top_h": 0.5, "top_p": 0.5, "min_p": 0.2, "typical_p": 0.5, "epsilon_cutoff": 0.1, "eta_cutoff": 0.2},
         {"no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 4, "encoder_repetition_penalty": 0.7},
