@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from flaxqwen.ops.cpu import as_flat_row
 from flaxqwen.ops.linear import block_of_rows
 
 # Large and finite: a row with every slot masked gives a uniform softmax, as in PyTorch, and never NaN.
@@ -130,8 +131,10 @@ def attend(
     scaled = weights if scales is None else weights * scales[1][:, :, None, None, :, 0].astype(weights.dtype)
     output = jnp.einsum("BKGTS,BKSH->BKGTH", scaled.astype(value.dtype), value, preferred_element_type=jnp.float32)
     # Not in the einsum: XLA's CPU backend has no bfloat16 dot whose result is in another order.
-    output = output.transpose(0, 3, 1, 2, 4).astype(query.dtype)
-    return output.reshape(B, T, N, H), weights.reshape(B, N, T, S)
+    output = output.transpose(0, 3, 1, 2, 4).reshape(B, T, N * H)
+    if B * T == 1:
+        output = as_flat_row(output)
+    return output.astype(query.dtype).reshape(B, T, N, H), weights.reshape(B, N, T, S)
 
 
 def attend_in_blocks(

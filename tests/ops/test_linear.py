@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxqwen import Qwen2Config, Qwen2ForCausalLM
+from flaxqwen.cache import init_cache
 from flaxqwen.ops import linear
 from flaxqwen.ops.cpu import contract_one_row
 
@@ -56,3 +59,25 @@ def test_one_row_reads_the_weight_as_it_lies(rng: np.random.Generator, dtype: An
     got = np.asarray(compiled(*inputs), np.float64)
     assert got.shape == (1, 1, 64)
     np.testing.assert_allclose(got[0, 0], want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("heads", [6, 72])
+def test_products_of_one_row_are_vectorised(monkeypatch: pytest.MonkeyPatch, heads: int):
+    """On a CPU, of a decoding step: each row comes flat to its product, and nothing is done to a short one there."""
+    monkeypatch.setattr(linear, "HAS_AMX", False)
+    config = Qwen2Config(
+        vocab_size=500, hidden_size=192, intermediate_size=320, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
+    module = Qwen2ForCausalLM(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    ids, cache = jnp.ones((1, 1), jnp.int32), init_cache(config, 1, 64, jnp.bfloat16)
+    params = jax.eval_shape(module.init, jax.random.key(0), ids)
+    text = jax.jit(module.apply).lower(params, ids, past_key_values=cache).compile().as_text()
+    bodies = [part.split("\n}")[0] for part in text.split("\n%fused_computation")]
+    products = [body for body in bodies if " dot(" in body and " convert(" in body]
+    assert len(products) == 2 * 7 + 1
+    for body in products:
+        shapes = re.findall(r"(\w+)\[([\d,]*)\]\S* parameter", body)
+        vectors = [dtype for dtype, sizes in shapes if sum(size != "1" for size in sizes.split(",")) == 1]
+        assert len(vectors) == len(shapes) - 1 == 1  # and the weight
+        assert vectors == ["f32"] or "4608" in body
