@@ -184,16 +184,16 @@ def attend_to_seen_blocks(
 
     def block(index: jax.Array) -> jax.Array:
         row, head, part = jnp.unravel_index(index, (B, K, parts))
-        queries, own = blocks[index], visibility.tile(row, part * size, 0, size).query_slot
+        queries, tile = blocks[index], visibility.tile(row, part * size, 0, size)
+        own, segment = (None if a is None else jnp.tile(a, G) for a in (tile.query_slot, tile.query_segment))
         oldest = 0 if window is None else own.min() - window + 1
 
         def add(state: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[jax.Array, jax.Array]:
             highest, sums = state
             at = (row, head, start, 0)
             k, v = (jax.lax.dynamic_slice(a, at, (1, 1, size, H))[0, 0].astype(jnp.float32) for a in (key, value))
-            visible = visibility.tile(row, part * size, start, size).visible(size, window, start)[0].T
-            scores = jnp.matmul(k, queries).reshape(size, G, size)
-            scores = jnp.where(visible[:, None], scores, MASKED).reshape(size, G * size)
+            seen = visibility.tile(row, 0, start, size).replace(query_slot=own, query_segment=segment)
+            scores = jnp.where(seen.visible(size, window, start)[0].T, jnp.matmul(k, queries), MASKED)
             higher = jnp.maximum(highest, scores.max(axis=0))
             more = jnp.matmul(jnp.concatenate([v, ones], axis=1).T, jnp.exp(scores - higher))  # no copy of all values
             return higher, sums * jnp.exp(highest - higher) + more
