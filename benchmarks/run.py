@@ -10,8 +10,8 @@ generate() of 32 tokens from 128 before anything was compiled or run; peak memor
 device's. Medians of the repeats are given. The roofs are measured in the same run: bandwidth by reading 1 GB, the
 matrix rate by a large product. A step at the roof reads every weight and the filled cache once. On a CPU that others
 share the bandwidth moves within seconds (41 and 73 GB/s on a Zen 5): it is read again, from 256 MB, after each repeat
-of our decoding, and the share of it is of the median. int8 is weight-only, computed in bfloat16. The last line is JSON;
-with --out it is written there too, and a roofline plot.
+of our decoding, and a share is the median of those of the repeats. int8 is weight-only, computed in bfloat16. The last
+line is JSON; with --out it is written there too, and a roofline plot.
 """
 
 from __future__ import annotations
@@ -113,16 +113,17 @@ def peak_bytes(side: str, device: str) -> int:
 def case_ms(
     generate: Generate, ids: np.ndarray, new: int, repeats: int, roof: Callable[[], float] | None = None
 ) -> tuple[float, float | None]:
-    """Milliseconds of prefill (new = 1), or of each further token, and `roof` read between them.
+    """Milliseconds of prefill (new = 1), or of each further token; and the GB/s of `roof`, read after each.
 
-    Both are medians of the repeats, after one more.
+    The median of the repeats, after one more; the GB/s are such that their product with it is the median of products.
     """
-    times, readings = [], []
+    times, products = [], []
     for _ in range(repeats + 1):
         first = seconds(lambda: generate(ids, 1))
         times.append(first if new == 1 else (seconds(lambda: generate(ids, new)) - first) / (new - 1))
-        readings += [roof()] if roof else []
-    return statistics.median(times[1:]) * 1e3, statistics.median(readings[1:]) if readings else None
+        products += [times[-1] * roof()] if roof else []
+    median = statistics.median(times[1:])
+    return median * 1e3, statistics.median(products[1:]) / median if products else None
 
 
 def measure(side: str, model: str, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
