@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 
 from flaxqwen import AutoModel, AutoModelForSeq2SeqLM
 from tests.models.test_qwen2_audio import AUDIO, CLIPS, expanded, models, older_prompt, theirs_of  # noqa: F401
@@ -17,6 +16,7 @@ from tests.reference import close
 def test_both_layouts_of_names(models, rng, tmp_path: Path, layout: str):  # noqa: F811
     """Transformers writes the older names, in shards; the newer ones are those of its modules."""
     import transformers
+    from safetensors.torch import save_file
 
     theirs = models[0]
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")

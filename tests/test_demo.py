@@ -150,7 +150,7 @@ def test_commands(capsys, monkeypatch, tmp_path):
 
 def test_an_adapter_is_trained_and_used(capsys, monkeypatch, tmp_path):
     """One chat, learned by heart in a few steps; the base's answers stay without it."""
-    pytest.importorskip("orbax.checkpoint", reason="trains: pip install 'flaxqwen[train]'")
+    pytest.importorskip("grain", reason="trains: pip install 'flaxqwen[train]'")
     monkeypatch.chdir(tmp_path)
     chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "blue"}]
     Path("chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")

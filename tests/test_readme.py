@@ -72,7 +72,7 @@ def test_commands(tiny, tiny_audio, tmp_path, monkeypatch, capsys):
         if command[0] == "parity":
             pytest.importorskip("torch", reason="parity compares with PyTorch")
         if command[0] == "train":
-            pytest.importorskip("orbax.checkpoint", reason="trains: pip install 'flaxqwen[train]'")
+            pytest.importorskip("grain", reason="trains: pip install 'flaxqwen[train]'")
         if command[0] == "chat":
             monkeypatch.setattr("sys.stdin", iter(()))
             continue  # reads a terminal; tests/cli/test_chat.py has it
