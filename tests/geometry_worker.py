@@ -16,23 +16,20 @@ from flaxqwen import AutoModelForCausalLM
 
 GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
 NEW = 128
-# Tokens that Transformers generates of the batch, and we of each prompt alone but one: half a second and 0.12 s each.
+# Tokens that Transformers generates of the batch: half a second each.
 FIRST = 16
 
 
 def main(source: str, converted: str, folder: Path) -> None:
-    """Greedy tokens of the padded batch and of each prompt alone, in float32; logits in float32 and bfloat16.
-
-    Alone, the prompt whose place is inputs["whole"] has all NEW tokens, the others FIRST.
-    """
+    """Greedy tokens of the padded batch and of each prompt alone, in float32; logits in float32 and bfloat16."""
     inputs = dict(np.load(folder / "inputs.npz"))
     model = AutoModelForCausalLM.from_pretrained(converted, dtype="float32")
     options = GREEDY | {"eos_token_id": None}
     tokens = model.generate(inputs["ids"], attention_mask=inputs["mask"], max_new_tokens=NEW, **options)
-    alone = np.full((len(tokens), NEW), -1)
-    for place, (row, mask) in enumerate(zip(inputs["ids"], inputs["mask"], strict=True)):
-        count = NEW if place == inputs["whole"] else FIRST
-        alone[place, :count] = model.generate(row[None, mask.argmax() :], max_new_tokens=count, **options)[0, -count:]
+    alone = [
+        model.generate(row[None, mask.argmax() :], max_new_tokens=NEW, **options)[0, -NEW:]
+        for row, mask in zip(inputs["ids"], inputs["mask"], strict=True)
+    ]
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(model(inputs["text_ids"]).logits)
     del model

@@ -60,14 +60,14 @@ def test_collectives_of_tensor_parallel_decoding():
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_scores_of_prefill_stay_on_the_chip(tensor):
     """By default: 1,024 tokens over 8,192 slots have 470 MB of scores, of 14 heads, which only the plain one keeps."""
-    config = Qwen2Config.from_dict(TINY | {"max_position_embeddings": 8192, "num_hidden_layers": 1})
+    heads = {"num_attention_heads": 14 * tensor, "num_key_value_heads": 2 * tensor}  # a chip has as many either way
+    config = Qwen2Config.from_dict(TINY | heads | {"max_position_embeddings": 8192, "num_hidden_layers": 1})
     chip, mesh = aot.topology_mesh("v6e:2x2", tensor=tensor)
     made = aot.plan(config, chip, mesh, batch=1, context=8192)
     assert made.module.attention == Attention(prefill="splash")
     plain = dataclasses.replace(made, module=made.module.clone(attention=Attention()))
-    scores = 14 * 1024 * 8192 * 4 / tensor
-    if tensor == 1:  # with one key/value head a chip, libtpu 0.0.52 does not keep them either
-        assert aot.compile_prefill(plain).temporaries >= scores
+    scores = 14 * 1024 * 8192 * 4
+    assert aot.compile_prefill(plain).temporaries >= scores
     assert aot.compile_prefill(made).temporaries <= scores / 8
 
 

@@ -56,10 +56,11 @@ def test_the_draft_changes_nothing(rng: np.random.Generator):
     """Greedy answers with the draft model, which proposes some of their tokens, are the model's own."""
     model, draft = (AutoModelForCausalLM.from_pretrained(name, dtype="float32") for name in BUILT_IN)
     tokenizer = AutoTokenizer.from_pretrained(BUILT_IN["demo"])
-    asked = questions(int(rng.integers(1 << 30)), 40, held_out=True)
+    asked = questions(int(rng.integers(1 << 30)), 80, held_out=True)
     alone = answers(model, tokenizer, asked)
     assert answers(model, tokenizer, asked, assistant_model=draft) == alone
-    assert any(a == b for a, b in zip(alone, answers(draft, tokenizer, asked), strict=True))  # 27% of them do
+    # Of 400 the draft shared 110: of 80 it has 4 or fewer once in a million draws.
+    assert sum(a == b for a, b in zip(alone, answers(draft, tokenizer, asked), strict=True)) > 4
 
 
 def test_questions_are_right_and_apart(rng: np.random.Generator):
