@@ -189,7 +189,8 @@ def attend_to_seen_blocks(
         queries, tile = blocks[index], visibility.tile(row, part * size, 0, size)
         own = jnp.tile(tile.query_slot, G)
         segment = None if tile.query_segment is None else jnp.tile(tile.query_segment, G)
-        oldest = 0 if window is None else own.min() - window + 1
+        oldest = 0 if window is None else tile.query_slot.min() - window + 1
+        newest = tile.query_slot.max()
 
         def add(state: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[jax.Array, jax.Array]:
             highest, sums = state
@@ -202,7 +203,7 @@ def attend_to_seen_blocks(
             return higher, sums * jnp.exp(highest - higher) + more
 
         def step(state: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-            is_seen = (start + size > oldest) & (start <= own.max())
+            is_seen = (start + size > oldest) & (start <= newest)
             return jax.lax.cond(is_seen, add, lambda state, _: state, state, start), None
 
         nothing = jnp.full(G * size, MASKED), jnp.zeros((H + 1, G * size))
