@@ -20,9 +20,9 @@ def load_tokenizer(folder: Path) -> Any:
     """Transformers' tokenizer of a model's folder; None where there is none."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    from flaxqwen import AutoTokenizer  # seconds, where torch is installed: it is Transformers'
+    import transformers  # seconds, where torch is installed
 
-    return _read(AutoTokenizer, folder)
+    return _read(transformers.AutoTokenizer, folder)
 
 
 def _read(kind: Any, folder: Path) -> Any:
@@ -125,9 +125,9 @@ def load_processor(folder: Path) -> Any:
     need_tokenizer(load_tokenizer(folder), folder)
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         raise ValueError(f"{folder}: no processor ({' or '.join(PROCESSOR_FILES)}) for audio")
-    from flaxqwen import AutoProcessor
+    import transformers  # seconds, where torch is installed
 
-    return _read(AutoProcessor, folder)
+    return _read(transformers.AutoProcessor, folder)
 
 
 def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
