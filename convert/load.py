@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,10 @@ from flaxqwen.convert.tensors import CheckedTensor, Tensor, cast
 # XLA's CPU backend takes host memory without a copy when it is aligned so.
 ALIGNMENT = 64
 
+# Tensors read at once. Most of the time is the kernel's, for new pages: on two cores 1 GB takes 0.27 s, by two 0.18 s;
+# on a virtual machine whose host has to find the pages 1.9 s, by two 0.4 to 1.2 s.
+READERS = min(4, os.cpu_count() or 1)
+
 
 def load_params(
     checkpoint: Checkpoint,
@@ -37,7 +44,7 @@ def load_params(
     put: Callable[[np.ndarray], Any] = lambda array: array,
     progress: Report | None = None,
 ) -> dict[str, Any]:
-    """Read a model's parameters from a checkpoint, tensor by tensor.
+    """Read a model's parameters from a checkpoint, a few tensors at a time.
 
     Names with and without the base model's prefix fit each other both ways. Buffers of old checkpoints, and heads
     that the model has no use for, are left out (see `match`).
@@ -47,7 +54,7 @@ def load_params(
       expected: the shape of every parameter of the model, by its path.
       dtype: what the parameters are cast to; default: as they are stored.
       put: what becomes of each array, which is fresh, aligned to 64 bytes and nobody else's. `jax.device_put` takes
-        such an array as it is on a CPU (`jnp.asarray` copies it). Default: it stays.
+        such an array as it is on a CPU (`jnp.asarray` copies it). Default: it stays. Called by several threads.
       progress: called with the bytes done and the bytes in all.
 
     Returns:
@@ -63,15 +70,25 @@ def load_params(
     total = sum(tensor.nbytes for tensor in tensors.values())
     params: dict[str, Any] = {}
     done = 0
-    for path, tensor in tensors.items():
-        node = params
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = put(read_array(to_name(path), tensor))
-        done += tensor.nbytes
-        if progress:
-            progress(done, total)
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            for path, array in zip(tensors, pool.map(partial(_read_and_put, put), tensors.items()), strict=True):
+                node = params
+                for key in path[:-1]:
+                    node = node.setdefault(key, {})
+                node[path[-1]] = array
+                done += tensors[path].nbytes
+                if progress:
+                    progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or what follows would be read before the error is seen
+            raise
     return params
+
+
+def _read_and_put(put: Callable[[np.ndarray], Any], item: tuple[Path, Tensor]) -> Any:
+    path, tensor = item
+    return put(read_array(to_name(path), tensor))
 
 
 def match(checkpoint: Checkpoint, expected: Mapping[Path, tuple[int, ...]]) -> dict[Path, Tensor]:

@@ -353,7 +353,7 @@ def param_shapes(module: nn.Module) -> dict[ParamPath, tuple[int, ...]]:
         one = dataclasses.replace(config, text_config=config.text_config.first_layers(1), audio_config=tower)
     else:
         one = config.first_layers(1)
-    tree = _init_params.eval_shape(module.clone(config=one), jax.random.key(0), np.zeros((1, 1), np.int32))
+    tree = _init_params.eval_shape(module.clone(config=one), np.zeros((1, 1), np.int32))
     shapes = {}
     for path, leaf in flax.traverse_util.flatten_dict(tree).items():
         for i in range(counts[TOWER in path] if "layers_0" in path else 1):
@@ -362,9 +362,9 @@ def param_shapes(module: nn.Module) -> dict[ParamPath, tuple[int, ...]]:
 
 
 @partial(jax.jit, static_argnums=0)  # of which eval_shape traces a module once
-def _init_params(module: nn.Module, key: jax.Array, input_ids: np.ndarray) -> Params:
-    """What module.init draws."""
-    params: Params = module.init(key, input_ids)["params"]
+def _init_params(module: nn.Module, input_ids: np.ndarray) -> Params:
+    """What module.init draws. The key is made in here: outside, it would be a program of its own to compile."""
+    params: Params = module.init(jax.random.key(0), input_ids)["params"]
     return params
 
 

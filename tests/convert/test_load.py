@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -62,6 +64,24 @@ def test_arrays_are_put_one_by_one(tmp_path: Path):
     assert_same(
         {path: np.asarray(array) for path, array in params.items()}, {to_path(k): v for k, v in tensors.items()}
     )
+
+
+def test_several_are_read_at_once_and_none_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flaxqwen.convert.load.READERS", 2)
+    tensors = {f"layers.{i}.weight": np.full((2, 3), i, np.float32) for i in range(40)}
+    both = threading.Barrier(2, timeout=60)  # broken, with an error, where one alone comes
+    load(write(tmp_path, tensors), expected_of(tensors), put=lambda array: (both.wait(), array)[1])
+
+    seen = []
+
+    def fail(array: np.ndarray) -> None:
+        seen.append(array)
+        time.sleep(0.05)
+        raise MemoryError("full")
+
+    with pytest.raises(MemoryError, match="full"):
+        load(tmp_path, expected_of(tensors), put=fail)
+    assert len(seen) < 40
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [("", "model."), ("model.", ""), ("transformer.", "model.")])
