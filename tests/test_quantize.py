@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flaxqwen import AutoModelForCausalLM, AutoModelForSequenceClassification
+from flaxqwen import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
+from flaxqwen.auto import param_shapes
 from flaxqwen.cli import main
 from flaxqwen.convert import CheckpointError, convert, open_checkpoint, to_path
 from flaxqwen.convert.load import read_array
 from flaxqwen.convert.quantize import dequantized, quantize_rows, quantized
+from flaxqwen.generation import loop
+from flaxqwen.generation.inputs import Inputs, make_prompt
+from flaxqwen.generation.sampling import TokenChoice
 from flaxqwen.ops import quantized as ops
 from flaxqwen.quantization import quantize_weight
 from tests.reference import close, random_ids, th, tiny, torch, torch_model
@@ -124,6 +128,21 @@ def stored(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp(request.param) / "model"
     assert main(["convert", str(plain), str(folder), "--quantize", request.param]) == 0
     return request.param, folder
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_prefill_widens_one_weight_at_a_time(scheme: str):
+    """On a CPU a product of many rows is of a wide copy of the weight: none but that is there beside the weights."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 500}
+    config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config, dtype="bfloat16", quantize=scheme)
+    prompt = make_prompt(Inputs(np.ones((1, 64), np.int32), np.ones((1, 64), bool)), 64, 128)
+    choice = TokenChoice((), np.zeros(1, np.int32), np.int32(0), np.uint32(0))
+    call = {"capacity": 128, "cache_dtype": np.dtype("float32"), "copies": 1, "keep_scores": False}
+    lowered = loop.prefill.lower(model.module, model.variables, prompt, choice, None, **call, keep_logits=False)
+    weights = [path for path in param_shapes(model.module) if path[-2].endswith("_proj")]
+    wide = sum(2 * np.prod(param_shapes(model.module)[path]) for path in weights)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < wide / 4
 
 
 def test_a_quantized_checkpoint_is_what_the_format_says(plain: Path, stored: tuple[str, Path]):

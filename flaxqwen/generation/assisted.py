@@ -25,6 +25,7 @@ from flaxqwen.generation import loop, speculative
 from flaxqwen.generation.config import GenerationConfig, ResolvedConfig
 from flaxqwen.generation.decoding import Control, kept, make_choice, start
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform
+from flaxqwen.ops.cpu import jit_in_order
 
 # (rounds per program, programs dispatched before the first is read), as decoding.CHUNK.
 ROUNDS = {"cpu": (1, 0)}
@@ -257,7 +258,7 @@ def _with_bound(state: speculative.RoundState, longest: int) -> speculative.Roun
     return state.replace(rows=rows, draft_cache=draft_cache)
 
 
-@partial(jax.jit, static_argnames=("module", "capacity", "cache_dtype", "copies"))
+@partial(jit_in_order, static_argnames=("module", "capacity", "cache_dtype", "copies"))
 def _fill(
     module: nn.Module,
     variables: loop.Variables,

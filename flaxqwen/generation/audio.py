@@ -23,6 +23,7 @@ from flaxqwen.generation.inputs import CausalLM, Inputs, bucket, check_input_ids
 from flaxqwen.generation.loop import Audio, Variables
 from flaxqwen.models.audio_inputs import check_audio_tokens, check_features, expand_audio_tokens, tokens_of
 from flaxqwen.models.qwen2_audio import FRAMES_PER_POSITION
+from flaxqwen.ops.cpu import jit_in_order
 from flaxqwen.sharding import module_sharding, settle
 
 # Clips are encoded at a length out of so many, up to the whole 30 s: one of 11 s takes a time of 15 s.
@@ -128,7 +129,7 @@ def repeat_clips(
     return {"input_features": features[order], "feature_attention_mask": frames[order]}
 
 
-@partial(jax.jit, static_argnames=("module", "positions"))
+@partial(jit_in_order, static_argnames=("module", "positions"))
 def encode_clips(
     module: nn.Module, variables: Variables, features: Any, frames: Any, count: Any, *, positions: int
 ) -> jax.Array:

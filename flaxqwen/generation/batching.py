@@ -39,6 +39,7 @@ from flaxqwen.generation.loop import Variables, run_model, settled
 from flaxqwen.generation.processors import LogitsProcessor, build_processors, pad_ids
 from flaxqwen.generation.sampling import Criterion, draw, first_largest, keys_alone, process
 from flaxqwen.generation.stopping import make_stopping
+from flaxqwen.ops.cpu import jit_in_order
 
 Key = TypeVar("Key")
 Layers = tuple[LayerCache, ...]
@@ -204,7 +205,7 @@ def free(module: nn.Module, row: Row, *, rows: int, capacity: int) -> RowsState:
     return settled(module, state)
 
 
-@partial(jax.jit, static_argnames="module", donate_argnames="layers")
+@partial(jit_in_order, static_argnames="module", donate_argnames="layers")
 def admit(
     module: nn.Module, variables: Variables, layers: Layers, tokens: ArrayLike, length: ArrayLike, place: ArrayLike
 ) -> tuple[Layers, jax.Array]:
@@ -258,7 +259,7 @@ def _put(place: jax.Array, whole: jax.Array, new: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(whole, new.astype(whole.dtype), (place, *(0,) * (whole.ndim - 1)))
 
 
-@partial(jax.jit, static_argnames=("module", "steps", "bound"), donate_argnames=("layers", "state"))
+@partial(jit_in_order, static_argnames=("module", "steps", "bound"), donate_argnames=("layers", "state"))
 def decode(
     module: nn.Module, variables: Variables, layers: Layers, state: RowsState, *, steps: int, bound: int
 ) -> tuple[Layers, RowsState, tuple[jax.Array, jax.Array]]:

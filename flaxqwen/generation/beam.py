@@ -32,6 +32,7 @@ from flaxqwen.generation.loop import (
     without_encoder,
 )
 from flaxqwen.generation.sampling import TokenChoice, advance, constrain, guide, process, with_end
+from flaxqwen.ops.cpu import jit_in_order
 
 # Added to the score of a hypothesis that must not win, as in Transformers: it still wins over -inf.
 EXCLUDED = -1.0e9
@@ -120,7 +121,7 @@ class BeamOutput(flax.struct.PyTreeNode):
 
 
 @partial(
-    jax.jit,
+    jit_in_order,
     static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_scores", "keep_logits", "keep_states"),
     donate_argnames="cache",
 )
@@ -174,7 +175,9 @@ def run_prompts(
 
 
 @partial(
-    jax.jit, static_argnames=("module", "steps", "keep_scores", "keep_logits", "keep_states"), donate_argnames="state"
+    jit_in_order,
+    static_argnames=("module", "steps", "keep_scores", "keep_logits", "keep_states"),
+    donate_argnames="state",
 )
 def decode(
     module: nn.Module,

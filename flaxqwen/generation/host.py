@@ -24,10 +24,11 @@ from flaxqwen.generation import loop
 from flaxqwen.generation.callables import HostCall, check_scores
 from flaxqwen.generation.processors import LogitsProcessor
 from flaxqwen.generation.sampling import TokenChoice, constrain, guide, process
+from flaxqwen.ops.cpu import jit_in_order
 
 
 @partial(
-    jax.jit,
+    jit_in_order,
     static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_states"),
     donate_argnames="cache",
 )
@@ -37,7 +38,7 @@ def _run_prompt(
     return loop.settled(module, loop.run_prompt(module, variables, prompt, cache, **static))
 
 
-@partial(jax.jit, static_argnames=("module", "keep_states"), donate_argnames="state")
+@partial(jit_in_order, static_argnames=("module", "keep_states"), donate_argnames="state")
 def _run_newest(
     module: nn.Module, variables: loop.Variables, state: loop.DecodeState, keep_states: tuple[str, ...]
 ) -> tuple[loop.DecodeState, jax.Array, loop.States]:

@@ -22,6 +22,7 @@ from flaxqwen.cache import KVCache, init_cache
 from flaxqwen.generation.sampling import TokenChoice, advance, choose, constrain, fill_finished, guide, process, stopped
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 from flaxqwen.models.qwen2_audio import ENCODER_PARTS
+from flaxqwen.ops.cpu import jit_in_order
 from flaxqwen.sharding import module_sharding, settle
 
 Variables = dict[str, Any]  # of the module: {"params": ...}, and "lora" beside it where there are adapters
@@ -109,7 +110,7 @@ class Prompt(flax.struct.PyTreeNode):
 
 
 @partial(
-    jax.jit,
+    jit_in_order,
     static_argnames=("module", "capacity", "cache_dtype", "copies", *KEEP),
     donate_argnames="cache",
 )
@@ -158,7 +159,7 @@ def begin(state: DecodeState, choice: TokenChoice) -> DecodeState:
     return state if choice.grammar is None else state.replace(automaton=jnp.asarray(choice.grammar.first))
 
 
-@partial(jax.jit, static_argnames=("module", "capacity", "cache_dtype"), donate_argnames="cache")
+@partial(jit_in_order, static_argnames=("module", "capacity", "cache_dtype"), donate_argnames="cache")
 def fill(
     module: nn.Module,
     variables: Variables,
@@ -215,7 +216,7 @@ def run_prompt(
     return DecodeState(cache, slot_mask, input_ids, jnp.asarray(prompt.cur_len), position, finished), logits, states
 
 
-@partial(jax.jit, static_argnames=("module", "steps", *KEEP), donate_argnames="state")
+@partial(jit_in_order, static_argnames=("module", "steps", *KEEP), donate_argnames="state")
 def decode(
     module: nn.Module,
     variables: Variables,

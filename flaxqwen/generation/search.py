@@ -27,6 +27,7 @@ from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket,
 from flaxqwen.generation.loop import STATES, Prompt, States, Variables, of_prompts, settled
 from flaxqwen.generation.outputs import layer_states
 from flaxqwen.models.outputs import ModelOutput
+from flaxqwen.ops.cpu import jit_in_order
 
 
 class GenerateBeamDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):
@@ -158,7 +159,7 @@ def states_of(outputs: list[BeamOutput], count: int, request: Inputs) -> dict[st
 
 
 @partial(
-    jax.jit,
+    jit_in_order,
     static_argnames=("module", "capacity", "cache_dtype", "copies", "keep_states"),
     donate_argnames="cache",
 )
@@ -168,7 +169,7 @@ def _run_prompts(
     return settled(module, beam.run_prompts(module, variables, prompt, choice, cache, **static))
 
 
-@partial(jax.jit, static_argnames=("module", "keep_states"), donate_argnames="state")
+@partial(jit_in_order, static_argnames=("module", "keep_states"), donate_argnames="state")
 def _run_newest(
     module: Any, variables: Variables, state: BeamState, keep_states: tuple[str, ...]
 ) -> tuple[BeamState, jax.Array, States]:

@@ -34,6 +34,7 @@ from flaxqwen.generation.sampling import (
     with_end,
 )
 from flaxqwen.models.outputs import CausalLMOutputWithPast
+from flaxqwen.ops.cpu import jit_in_order
 
 DRAFTED, ACCEPTED = 1, 2  # what a row's key is folded with, besides the draw itself
 
@@ -94,7 +95,7 @@ class Drafts(flax.struct.PyTreeNode):
 
 
 @partial(
-    jax.jit,
+    jit_in_order,
     static_argnames=("module", "draft_module", "most", "rounds", "keep_scores", "keep_logits"),
     donate_argnames="state",
 )

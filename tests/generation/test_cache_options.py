@@ -149,10 +149,8 @@ def test_the_int8_cache_is_updated_in_place(models: Any):
     prompt = make_prompt(Inputs(np.ones((1, 32), np.int32), np.ones((1, 32), bool)), 32, 4096)
     choice = TokenChoice((), np.zeros(1, np.int32), np.int32(0), np.uint32(0))
     shape = {"capacity": 4096, "cache_dtype": np.dtype(np.int8), "copies": 1}
-    state, _ = jax.eval_shape(
-        lambda params, prompt, choice: loop.prefill(ours.module, params, prompt, choice, None, **shape, **call),
-        ours.variables, prompt, choice,
-    )  # fmt: skip
+    traced = loop.prefill.trace(ours.module, ours.variables, prompt, choice, None, **shape, **call)
+    state, _ = traced.out_info
     state = state.replace(cache=state.cache.replace(bound=512))
     memory = loop.decode.lower(ours.module, ours.variables, state, choice, steps=4, **call).compile().memory_analysis()
     cache = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.cache.layers))
