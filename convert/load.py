@@ -70,19 +70,15 @@ def load_params(
     total = sum(tensor.nbytes for tensor in tensors.values())
     params: dict[str, Any] = {}
     done = 0
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            for path, array in zip(tensors, pool.map(partial(_read_and_put, put), tensors.items()), strict=True):
-                node = params
-                for key in path[:-1]:
-                    node = node.setdefault(key, {})
-                node[path[-1]] = array
-                done += tensors[path].nbytes
-                if progress:
-                    progress(done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # or what follows would be read before the error is seen
-            raise
+    with ThreadPoolExecutor(READERS) as pool:  # after an error, its map cancels what is not begun
+        for path, array in zip(tensors, pool.map(partial(_read_and_put, put), tensors.items()), strict=True):
+            node = params
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = array
+            done += tensors[path].nbytes
+            if progress:
+                progress(done, total)
     return params
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -72,16 +73,21 @@ def test_several_are_read_at_once_and_none_after_an_error(tmp_path: Path, monkey
     both = threading.Barrier(2, timeout=60)  # broken, with an error, where one alone comes
     load(write(tmp_path, tensors), expected_of(tensors), put=lambda array: (both.wait(), array)[1])
 
-    seen = []
+    seen: list[np.ndarray] = []
 
-    def fail(array: np.ndarray) -> None:
-        seen.append(array)
-        time.sleep(0.05)
+    def fail(*_: Any) -> None:
         raise MemoryError("full")
 
-    with pytest.raises(MemoryError, match="full"):
-        load(tmp_path, expected_of(tensors), put=fail)
-    assert len(seen) < 40
+    def put(array: np.ndarray) -> np.ndarray:
+        seen.append(array)
+        time.sleep(0.05)
+        return array
+
+    for failing in ({"put": lambda array: fail(put(array))}, {"put": put, "progress": fail}):
+        seen.clear()
+        with pytest.raises(MemoryError, match="full"):
+            load(tmp_path, expected_of(tensors), **failing)
+        assert len(seen) < 20
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [("", "model."), ("model.", ""), ("transformer.", "model.")])
