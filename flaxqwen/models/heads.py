@@ -36,7 +36,7 @@ class Qwen2ForSequenceClassification(nn.Module):
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         self.model = Qwen2Model(config, *dtypes, self.sharding, self.attention)
-        self.score = Linear(config.num_labels, False, config.initializer_range, *dtypes)
+        self.score = Linear(config.num_labels, False, config.initializer_range, *dtypes, self.sharding)
 
     def __call__(
         self,
@@ -99,7 +99,7 @@ class Qwen2ForTokenClassification(nn.Module):
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         self.model = Qwen2Model(config, *dtypes, self.sharding, self.attention)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.score = Linear(config.num_labels, True, config.initializer_range, *dtypes)
+        self.score = Linear(config.num_labels, True, config.initializer_range, *dtypes, self.sharding)
 
     def __call__(
         self,
@@ -138,7 +138,7 @@ class Qwen2ForQuestionAnswering(nn.Module):
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         self.transformer = Qwen2Model(config, *dtypes, self.sharding, self.attention)
-        self.qa_outputs = Linear(2, True, config.initializer_range, *dtypes)
+        self.qa_outputs = Linear(2, True, config.initializer_range, *dtypes, self.sharding)
 
     def __call__(
         self,

@@ -42,10 +42,14 @@ class Qwen2MLP(nn.Module):
     config: Qwen2Config
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         config = self.config
-        linear = partial(Linear, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype)
+        linear = partial(
+            Linear, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype,
+            sharding=self.sharding,
+        )  # fmt: skip
         self.gate_proj = linear(config.intermediate_size)
         self.up_proj = linear(config.intermediate_size)
         self.down_proj = linear(config.hidden_size)
@@ -69,7 +73,10 @@ class Qwen2Attention(nn.Module):
     def setup(self) -> None:
         config = self.config
         N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        linear = partial(Linear, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype)
+        linear = partial(
+            Linear, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype,
+            sharding=self.sharding,
+        )  # fmt: skip
         self.q_proj = linear(N * H, use_bias=True)
         self.k_proj = linear(K * H, use_bias=True)
         self.v_proj = linear(K * H, use_bias=True)
@@ -134,7 +141,7 @@ class Qwen2DecoderLayer(nn.Module):
         self.input_layernorm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
         self.self_attn = Qwen2Attention(config, self.layer_index, *dtypes, self.sharding, self.attention)
         self.post_attention_layernorm = Qwen2RMSNorm(config.rms_norm_eps, self.param_dtype)
-        self.mlp = Qwen2MLP(config, *dtypes)
+        self.mlp = Qwen2MLP(config, *dtypes, self.sharding)
 
     def __call__(
         self,
@@ -314,7 +321,7 @@ class Qwen2ForCausalLM(nn.Module):
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         self.model = Qwen2Model(config, *dtypes, self.sharding, self.attention)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.vocab_size, False, config.initializer_range, *dtypes)
+            self.lm_head = Linear(config.vocab_size, False, config.initializer_range, *dtypes, self.sharding)
 
     def __call__(
         self,

@@ -251,10 +251,11 @@ class Qwen2AudioMultiModalProjector(nn.Module):
     config: Qwen2AudioConfig
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
-        text = self.config.text_config
-        self.linear = Linear(text.hidden_size, True, text.initializer_range, self.dtype, self.param_dtype)
+        text, dtypes = self.config.text_config, (self.dtype, self.param_dtype)
+        self.linear = Linear(text.hidden_size, True, text.initializer_range, *dtypes, self.sharding)
 
     def __call__(self, audio_features: jax.Array) -> jax.Array:
         """[C, P, E] -> [C, P, D]."""
@@ -276,7 +277,7 @@ class Qwen2AudioModel(nn.Module):
     def setup(self) -> None:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         self.audio_tower = Qwen2AudioEncoder(config.audio_config, *dtypes, self.sharding)
-        self.multi_modal_projector = Qwen2AudioMultiModalProjector(config, *dtypes)
+        self.multi_modal_projector = Qwen2AudioMultiModalProjector(config, *dtypes, self.sharding)
         self.language_model = Qwen2Model(config.text_config, *dtypes, self.sharding, self.attention)
 
     def __call__(
@@ -429,7 +430,7 @@ class Qwen2AudioForConditionalGeneration(nn.Module):
     def setup(self) -> None:
         text, dtypes = self.config.text_config, (self.dtype, self.param_dtype)
         self.model = Qwen2AudioModel(self.config, *dtypes, self.sharding, self.attention)
-        self.lm_head = Linear(text.vocab_size, False, text.initializer_range, *dtypes)
+        self.lm_head = Linear(text.vocab_size, False, text.initializer_range, *dtypes, self.sharding)
 
     def __call__(
         self,

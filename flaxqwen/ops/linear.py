@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from flaxqwen.convert.quantize import SCALE
 from flaxqwen.ops.cpu import HAS_AMX, HAS_AVX512, contract_one_row, rows_of
+from flaxqwen.ops.few_rows import contract_few_rows, kernel_serves
 from flaxqwen.ops.lora import adapt_embedding, adapt_linear
 from flaxqwen.ops.quantized import contract_quantized
 from flaxqwen.sharding import Sharding, constrain
@@ -32,13 +33,19 @@ NATIVE_ROWS = 4
 FEW_ROWS = 16
 
 
-def contract(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+def contract(
+    x: jax.Array, weight: jax.Array, scale: jax.Array | None = None, on_one_device: bool = False
+) -> jax.Array:
     """x [..., in] times weight [out, in] over `in` -> [..., out], accumulated in float32 and cast to x's dtype.
 
-    scale: of a quantized weight, see contract_quantized; None: it is not.
+    Args:
+      scale: of a quantized weight, see contract_quantized; None: it is not.
+      on_one_device: whether the weight is known to lie on one, so that a CPU may multiply few rows by our kernel.
     """
     if scale is not None:
-        return contract_quantized(x, weight, scale)
+        return contract_quantized(x, weight, scale, on_one_device)
+    if on_one_device and kernel_serves(x, weight):
+        return jax.lax.platform_dependent(x, weight, cpu=_contract_by_kernel, default=_contract)
     weight, rows = weight.astype(x.dtype), rows_of(x)
     if x.dtype == jnp.bfloat16 and rows == 1:
         return jax.lax.platform_dependent(x, weight, cpu=_contract_one_row_cpu, default=_contract)
@@ -51,6 +58,10 @@ def _contract(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Both minor dimensions contracted. A narrow result type would convert whole weights on CPU, so it is float32."""
     dims = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _contract_by_kernel(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return contract_few_rows(x, weight).astype(x.dtype)
 
 
 def _contract_few_rows_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -124,7 +135,8 @@ def weight_of(module: nn.Module, shape: tuple[int, int], stddev: float, dtype: D
 class Linear(nn.Module):
     """y = x W^T + b with PyTorch's names and layout: weight [out, in], bias [out].
 
-    dtype is the compute dtype (None: that of x); parameters are created in param_dtype. by_rows: see contract_by_rows.
+    dtype is the compute dtype (None: that of x); parameters are created in param_dtype. sharding: how the model lies on
+    a mesh; None: on one device. by_rows: see contract_by_rows.
     """
 
     features: int
@@ -132,6 +144,7 @@ class Linear(nn.Module):
     stddev: float = 0.02
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
     by_rows: bool = False
 
     @nn.compact
@@ -139,7 +152,10 @@ class Linear(nn.Module):
         """x [..., in] -> [..., out]."""
         x = x.astype(self.dtype or x.dtype)
         weight, scale = weight_of(self, (self.features, x.shape[-1]), self.stddev, self.param_dtype)
-        y = product = contract_by_rows(x, weight) if self.by_rows and scale is None else contract(x, weight, scale)
+        if self.by_rows and scale is None:
+            y = product = contract_by_rows(x, weight)
+        else:
+            y = product = contract(x, weight, scale, self.sharding is None)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)
@@ -177,4 +193,4 @@ class Embed(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> logits [..., V], against the table itself."""
-        return contract(x, self.weight, self.scale)
+        return contract(x, self.weight, self.scale, self.sharding is None)

@@ -9,28 +9,34 @@ import jax
 import jax.numpy as jnp
 
 from flaxqwen.ops.cpu import HAS_AMX, contract_one_row, rows_of
+from flaxqwen.ops.few_rows import contract_few_rows, kernel_serves
 
 # Up to so many rows are multiplied in int8 on a CPU, each as so many digits.
 FEW_ROWS, DIGITS = 16, 3
 
 
-def contract_quantized(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def contract_quantized(
+    x: jax.Array, values: jax.Array, scale: jax.Array, on_one_device: bool = False
+) -> jax.Array:
     """x [..., in] times a quantized weight over `in` -> [..., out], accumulated in float32 and cast to x's dtype.
 
     Args:
       values: [out, in] int8, or [out, in / 2] uint8 of two 4-bit integers each.
       scale: [out, groups] float32.
+      on_one_device: as of linear.contract.
     """
-    contract = _contract_int4 if values.dtype == jnp.uint8 else _contract_int8
-    return contract(x, values, scale).astype(x.dtype)
+    if values.dtype == jnp.uint8:
+        return _contract_int4(x, values, scale).astype(x.dtype)
+    return (_contract_int8(x, values, on_one_device) * scale[:, 0]).astype(x.dtype)
 
 
-def _contract_int8(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def _contract_int8(x: jax.Array, values: jax.Array, on_one_device: bool) -> jax.Array:
+    """Without the scale -> [..., out] float32."""
+    if on_one_device and kernel_serves(x, values):
+        return jax.lax.platform_dependent(x, values, cpu=contract_few_rows, default=_contract_wide)
     if rows_of(x) <= FEW_ROWS:
-        y = jax.lax.platform_dependent(x, values, cpu=_contract_int8_cpu, default=_contract_wide)
-    else:
-        y = _contract_wide(x, values)
-    return y * scale[:, 0]
+        return jax.lax.platform_dependent(x, values, cpu=_contract_int8_cpu, default=_contract_wide)
+    return _contract_wide(x, values)
 
 
 def _contract_int8_cpu(x: jax.Array, values: jax.Array) -> jax.Array:

@@ -1,0 +1,32 @@
+"""The part of the build that is code: flaxqwen/ops/few_rows.cc, for x86 CPUs. All else is in pyproject.toml."""
+
+import platform
+import sys
+from pathlib import Path
+
+import jaxlib
+from setuptools import Extension, setup
+
+INSTRUCTIONS = {
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma"),
+    "avx2": ("avx2", "fma"),
+}
+
+
+def kernels() -> list[Extension]:
+    """One library by set of instructions. Where none can be built, XLA's own products serve."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return []
+    return [
+        Extension(
+            f"flaxqwen.ops.few_rows_{name}",
+            ["flaxqwen/ops/few_rows.cc"],
+            include_dirs=[str(Path(jaxlib.__file__).with_name("include"))],
+            extra_compile_args=["-std=c++20", "-O3", "-w", *(f"-m{feature}" for feature in features)],
+            optional=True,
+        )
+        for name, features in INSTRUCTIONS.items()
+    ]
+
+
+setup(ext_modules=kernels())
