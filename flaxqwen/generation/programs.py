@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -156,7 +157,7 @@ def made_for(module: nn.Module, variables: Any) -> dict[str, Any]:
     leaves = jax.tree.leaves_with_path(variables)
     values = {
         "version of": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
-        "code of flaxqwen": _digest(*(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))),
+        "code of flaxqwen": _digest(*(path.read_bytes() for path in sorted(_code()))),
         "device": device.device_kind,
         "runtime": device.client.platform_version,
         "processor": _processor() if device.platform == "cpu" else None,
@@ -168,6 +169,12 @@ def made_for(module: nn.Module, variables: Any) -> dict[str, Any]:
         "parameter": {jax.tree_util.keystr(keys, simple=True, separator="."): str(jax.typeof(a)) for keys, a in leaves},
     }
     return json.loads(json.dumps(values))
+
+
+def _code() -> Iterator[Path]:
+    """The package's files of code, its kernels' libraries among them."""
+    package = Path(__file__).parents[1]
+    return itertools.chain(package.rglob("*.py"), package.rglob("*.so"))
 
 
 def _without_notes(config: PretrainedConfig) -> PretrainedConfig:

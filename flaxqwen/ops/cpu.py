@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 # One row: the conversion of the weight fuses into the dot only while the row, in float32, is under 16 KB.
 MAX_FUSED_CONTRACTION = 4096
@@ -36,6 +39,19 @@ jit_in_order = partial(jax.jit, compiler_options={"xla_cpu_scheduler_type": "CPU
 def rows_of(x: jax.Array) -> int:
     """How many vectors x [..., in] holds."""
     return x.size // x.shape[-1]
+
+
+def tangent_of_product(
+    product: Callable[[Any, Any], jax.Array], primals: tuple[Any, Any], tangents: tuple[Any, Any], y: jax.Array
+) -> jax.Array:
+    """The tangent of y, which is product(x, weight) and linear in each: of a custom_jvp with symbolic zeros."""
+    (x, weight), (dx, dweight) = primals, tangents
+    parts = [
+        product(a, b)
+        for a, b in ((dx, weight), (x, dweight))
+        if not isinstance(a, SymbolicZero) and not isinstance(b, SymbolicZero)
+    ]
+    return sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
 
 
 def as_flat_row(x: jax.Array) -> jax.Array:

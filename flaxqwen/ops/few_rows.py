@@ -13,37 +13,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
-from flaxqwen.ops.cpu import rows_of
-
-TARGET = "flaxqwen_few_rows"
+from flaxqwen.ops.cpu import rows_of, tangent_of_product
 
 # Up to so many rows it is faster than XLA's products (Zen 5): of bfloat16, 16 rows take 5 to 10 ms for 11 to 12, and 32
 # rows 16 to 20 for 15.
 FEW_ROWS = 16
 
 
-def _load() -> str | None:
-    """Hand JAX the first library that is there and runs on this CPU; its name, or None: there is none."""
-    for name in ("avx512", "avx2"):
-        path = Path(__file__).with_name(f"few_rows_{name}{get_config_var('EXT_SUFFIX')}")
+def _register() -> tuple[str, ...]:
+    """Tell JAX of the libraries that the build has made and that run on this CPU; their names, the fastest first."""
+    found = []
+    for name in ("few_rows_avx512", "few_rows_avx2"):
+        path = Path(__file__).with_name(f"{name}{get_config_var('EXT_SUFFIX')}")
         if not path.exists():
             continue
         library = ctypes.CDLL(str(path))
         library.runs_here.restype = ctypes.c_bool
         if library.runs_here():
-            jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.FewRows), platform="cpu")
-            return name
-    return None
+            jax.ffi.register_ffi_target(f"flaxqwen_{name}", jax.ffi.pycapsule(library.FewRows), platform="cpu")
+            found.append(name)
+    return tuple(found)
 
 
-KERNEL = _load()
+KERNELS = _register()
+KERNEL = next(iter(KERNELS), None)
 
 
 def kernel_serves(x: jax.Array, weight: jax.Array) -> bool:
     """Whether contract_few_rows takes x [..., in] and weight [out, in] as they are, and is the faster form on a CPU."""
-    if KERNEL is None or rows_of(x) > FEW_ROWS:
+    if KERNEL is None or not 1 <= rows_of(x) <= FEW_ROWS:
         return False
     return (x.dtype, weight.dtype) in ((jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.int8), (jnp.float32, jnp.int8))
 
@@ -56,20 +55,19 @@ def contract_few_rows(x: jax.Array, weight: jax.Array) -> jax.Array:
     would be gathered.
     """
     # With AVX2 products are of float32: the few rows are widened once, the weight as it is read.
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32 if KERNEL == "avx2" else x.dtype)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32 if KERNEL == "few_rows_avx2" else x.dtype)
     y = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32)
-    product = jax.ffi.ffi_call(TARGET, y, vmap_method="sequential")(rows, weight)
+    product = jax.ffi.ffi_call(f"flaxqwen_{KERNEL}", y, vmap_method="sequential")(rows, weight)
     return product.reshape(*x.shape[:-1], -1)
 
 
 @partial(contract_few_rows.defjvp, symbolic_zeros=True)
-def _contract_few_rows_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-    """By plain products, which can be transposed."""
-    (x, weight), (dx, dweight) = primals, tangents
-    y = contract_few_rows(x, weight)
-    parts = [
-        jax.lax.dot_general(a, b.astype(a.dtype), (((a.ndim - 1,), (1,)), ((), ())), preferred_element_type=y.dtype)
-        for a, b in ((dx, weight), (x, dweight))
-        if not isinstance(a, SymbolicZero) and not isinstance(b, SymbolicZero)
-    ]
-    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+def _contract_few_rows_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    y = contract_few_rows(*primals)
+    return y, tangent_of_product(_contract_plainly, primals, tangents, y)
+
+
+def _contract_plainly(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same as an operation of XLA's, which can be transposed."""
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)

@@ -12,11 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from flaxqwen.convert.quantize import SCALE
-from flaxqwen.ops.cpu import HAS_AMX, HAS_AVX512, contract_one_row, rows_of
+from flaxqwen.ops.cpu import HAS_AMX, HAS_AVX512, contract_one_row, rows_of, tangent_of_product
 from flaxqwen.ops.few_rows import contract_few_rows, kernel_serves
 from flaxqwen.ops.lora import adapt_embedding, adapt_linear
 from flaxqwen.ops.quantized import contract_quantized
@@ -33,9 +32,7 @@ NATIVE_ROWS = 4
 FEW_ROWS = 16
 
 
-def contract(
-    x: jax.Array, weight: jax.Array, scale: jax.Array | None = None, on_one_device: bool = False
-) -> jax.Array:
+def contract(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None, on_one_device: bool = False) -> jax.Array:
     """x [..., in] times weight [out, in] over `in` -> [..., out], accumulated in float32 and cast to x's dtype.
 
     Args:
@@ -114,15 +111,9 @@ def contract_by_rows(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 @partial(contract_by_rows.defjvp, symbolic_zeros=True)
-def _contract_by_rows_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-    (x, weight), (dx, dweight) = primals, tangents
-    y = contract_by_rows(x, weight)
-    parts = [
-        contract(left, right)
-        for left, right in ((dx, weight), (x, dweight))
-        if not isinstance(left, SymbolicZero) and not isinstance(right, SymbolicZero)
-    ]
-    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+def _contract_by_rows_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    y = contract_by_rows(*primals)
+    return y, tangent_of_product(contract, primals, tangents, y)
 
 
 def weight_of(module: nn.Module, shape: tuple[int, int], stddev: float, dtype: DTypeLike) -> tuple[jax.Array, Any]:

@@ -15,9 +15,7 @@ from flaxqwen.ops.few_rows import contract_few_rows, kernel_serves
 FEW_ROWS, DIGITS = 16, 3
 
 
-def contract_quantized(
-    x: jax.Array, values: jax.Array, scale: jax.Array, on_one_device: bool = False
-) -> jax.Array:
+def contract_quantized(x: jax.Array, values: jax.Array, scale: jax.Array, on_one_device: bool = False) -> jax.Array:
     """x [..., in] times a quantized weight over `in` -> [..., out], accumulated in float32 and cast to x's dtype.
 
     Args:

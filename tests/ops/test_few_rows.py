@@ -1,0 +1,199 @@
+"""The kernel for few rows on a CPU, against numpy in float64: values, derivatives, where it is used and where not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.typing import DTypeLike
+
+from flaxqwen import Qwen2Config, Qwen2ForCausalLM
+from flaxqwen.cache import init_cache
+from flaxqwen.ops import few_rows
+from flaxqwen.ops.cpu import cpu_flags
+from flaxqwen.ops.few_rows import FEW_ROWS, contract_few_rows, kernel_serves
+from flaxqwen.ops.linear import Linear
+from flaxqwen.quantization import quantize_weight
+from flaxqwen.sharding import Sharding, make_mesh
+from tests.reference import close
+
+BFLOAT16, INT8 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.int8)
+DTYPES = [(BFLOAT16, BFLOAT16), (BFLOAT16, INT8), (np.dtype(np.float32), INT8)]
+
+built = pytest.mark.skipif(not few_rows.KERNELS, reason="the build made no kernel for this CPU")
+
+
+@pytest.fixture(params=["few_rows_avx512", "few_rows_avx2"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each that runs here, in programs of its own."""
+    if request.param not in few_rows.KERNELS:
+        pytest.skip(f"{request.param} was not built, or this CPU has not its instructions")
+    monkeypatch.setattr(few_rows, "KERNEL", request.param)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+def drawn(rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    if dtype == np.int8:
+        return rng.integers(-127, 128, shape).astype(np.int8)
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def test_the_build_makes_it():
+    """For both sets of instructions; and of those that this CPU has, the wider is used."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no compiler")
+    flags = cpu_flags().split()
+    needed = {"few_rows_avx512": "avx512_bf16", "few_rows_avx2": "avx2"}
+    assert list(few_rows.KERNELS) == [name for name, flag in needed.items() if flag in flags]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (5, 31), (7, 128), (64, 200), (129, 896), (300, 4864)], ids=str)
+@pytest.mark.usefixtures("kernel")
+def test_products(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], size: tuple[int, int]):
+    """Of every number of rows, to float32's rounding: 1e-6 of the sum of the products' magnitudes."""
+    out, width = size
+    weight = drawn(rng, size, dtypes[1])
+    for rows in (*range(1, 10), FEW_ROWS - 1, FEW_ROWS):
+        x = drawn(rng, (rows, width), dtypes[0])
+        y = jax.jit(contract_few_rows)(x, weight)
+        assert y.shape == (rows, out)
+        assert y.dtype == jnp.float32
+        wide = x.astype(np.float64), weight.astype(np.float64).T
+        bound = 1e-6 * (np.abs(wide[0]) @ np.abs(wide[1]))
+        assert (np.abs(np.asarray(y, np.float64) - wide[0] @ wide[1]) <= bound).all()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.usefixtures("kernel")
+def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype]):
+    """To the last bit: alone, and in batches of every size."""
+    x, weight = drawn(rng, (FEW_ROWS, 1003), dtypes[0]), drawn(rng, (151, 1003), dtypes[1])
+    whole = np.asarray(jax.jit(contract_few_rows)(x, weight))
+    for rows in range(1, FEW_ROWS):
+        np.testing.assert_array_equal(jax.jit(contract_few_rows)(x[-rows:], weight), whole[-rows:])
+
+
+@pytest.mark.usefixtures("kernel")
+def test_what_is_not_finite_stays_so(rng: np.random.Generator):
+    x, weight = drawn(rng, (3, 64), BFLOAT16), drawn(rng, (9, 64), BFLOAT16)
+    x[0, 3], x[1, 60] = np.nan, np.inf
+    y = np.asarray(jax.jit(contract_few_rows)(x, np.abs(weight)))
+    assert np.isnan(y[0]).all()
+    assert (y[1] == np.inf).all()
+    assert np.isfinite(y[2]).all()
+
+
+@pytest.mark.usefixtures("kernel")
+def test_from_many_threads(rng: np.random.Generator):
+    """More calls at a time than XLA has threads: each gives its own result, and none waits for another forever."""
+    xs, weight = drawn(rng, (64, 3, 256), BFLOAT16), drawn(rng, (4096, 256), BFLOAT16)
+    product = jax.jit(contract_few_rows)
+    wanted = [np.asarray(product(x, weight)) for x in xs]
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(5):
+            for found, expected in zip(pool.map(lambda x: np.asarray(product(x, weight)), xs), wanted, strict=True):
+                np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_derivatives(rng: np.random.Generator):
+    """Of x and the weight, each alone, and forward mode; of x alone where the weight is int8."""
+    x, dy = drawn(rng, (2, 3, 48), BFLOAT16), drawn(rng, (2, 3, 32), BFLOAT16).astype(np.float32)
+    weight = drawn(rng, (32, 48), BFLOAT16)
+    wide = [array.astype(np.float64) for array in (x, weight, dy)]
+    of_x, of_weight = wide[2] @ wide[1], np.einsum("abo,abi->oi", wide[2], wide[0])
+
+    def loss(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.vdot(contract_few_rows(x, weight), dy)
+
+    for argnums in ((0, 1), (0,), (1,)):
+        found = jax.jit(jax.grad(loss, argnums))(x, weight)
+        for gradient, argument in zip(found, argnums, strict=True):
+            close(gradient.astype(jnp.float32), (of_x, of_weight)[argument], 4e-3)  # rounded to bfloat16
+    _, tangent = jax.jit(partial(jax.jvp, contract_few_rows))((x, weight), (2 * x, weight))
+    close(tangent, 3 * (wide[0] @ wide[1].T), 1e-5)
+    integers = drawn(rng, (32, 48), INT8)
+    close(jax.jit(jax.grad(loss))(x.astype(np.float32), integers), wide[2] @ integers.astype(np.float64), 1e-5)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_mapped(rng: np.random.Generator):
+    """Over x, over both, and over the weight alone."""
+    xs, weights = drawn(rng, (4, 2, 48), BFLOAT16), drawn(rng, (4, 32, 48), BFLOAT16)
+    for axes in ((0, None), (0, 0), (None, 0)):
+        x, weight = xs if axes[0] == 0 else xs[0], weights if axes[1] == 0 else weights[0]
+        found = jax.jit(jax.vmap(contract_few_rows, axes))(x, weight)
+        wide = x.astype(np.float64), weight.astype(np.float64).swapaxes(-1, -2)
+        close(found, wide[0] @ wide[1], 1e-5)
+
+
+def calls(module: nn.Module, *arguments: jax.Array, **named: object) -> int:
+    """How many calls of the kernel a module's program has."""
+    params = jax.eval_shape(module.init, jax.random.key(0), *arguments)
+    text = jax.jit(module.apply).lower(params, *arguments, **named).compile().as_text()
+    return text.count(f'custom_call_target="flaxqwen_{few_rows.KERNEL}"')
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.usefixtures("kernel")
+def test_every_product_of_a_step(tied: bool):
+    """Of as many rows as it is faster for, in bfloat16 and in no other dtype."""
+    config = Qwen2Config(
+        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    for dtype, rows, products in ((jnp.bfloat16, 1, 15), (jnp.bfloat16, 16, 15), (jnp.bfloat16, 17, 0), (None, 2, 0)):
+        module = Qwen2ForCausalLM(config, dtype=dtype, param_dtype=dtype or jnp.float32)
+        cache = init_cache(config, rows, 64, jnp.bfloat16)
+        assert calls(module, jnp.ones((rows, 1), jnp.int32), past_key_values=cache) == products
+
+
+@built
+def test_not_on_a_mesh():
+    """Where a weight is cut, the kernel would have it gathered."""
+    config = Qwen2Config(num_attention_heads=2, num_key_value_heads=2)
+    sharding = Sharding.fit(make_mesh(devices=jax.devices()[:1]), config)
+    x = jnp.ones((2, 64), jnp.bfloat16)
+    for module, products in (
+        (Linear(8, param_dtype=x.dtype), 1),
+        (Linear(8, param_dtype=x.dtype, sharding=sharding), 0),
+    ):
+        assert calls(module, x) == products
+
+
+@built
+def test_quantized_weights(rng: np.random.Generator):
+    """int8's go through it as integers, with their scales behind."""
+    x, weight = drawn(rng, (8, 64), BFLOAT16), rng.standard_normal((24, 64)).astype(np.float32)
+    values, scale = quantize_weight(weight, "int8")
+    assert kernel_serves(jnp.asarray(x), values)
+    params = {"params": {"weight": values, "weight_scale": scale}}
+    text = jax.jit(Linear(24).apply).lower(params, x).compile().as_text()
+    assert text.count("custom_call_target") == 1
+    found = jax.jit(Linear(24).apply)(params, x)
+    wide = np.asarray(values, np.float64) * np.asarray(scale, np.float64)
+    close(found.astype(jnp.float32), x.astype(np.float64) @ wide.T, 4e-3)  # rounded to bfloat16
+
+
+@built
+def test_what_it_does_not_serve():
+    """Weights that would have to be converted first, other dtypes, and more rows."""
+    x, weight = jnp.ones((4, 64), jnp.bfloat16), jnp.ones((8, 64), jnp.bfloat16)
+    assert kernel_serves(x, weight)
+    assert kernel_serves(x.reshape(2, 2, 64), weight)
+    assert not kernel_serves(x, weight.astype(jnp.float32))
+    assert not kernel_serves(x.astype(jnp.float32), weight)
+    assert not kernel_serves(x.astype(jnp.float16), weight.astype(jnp.int8))
+    for rows in (0, FEW_ROWS + 1):
+        assert not kernel_serves(jnp.ones((rows, 64), jnp.bfloat16), weight)
