@@ -1,4 +1,4 @@
-"""The part of the build that is code: flaxqwen/ops/few_rows.cc, for x86 CPUs. All else is in pyproject.toml."""
+"""The part of the build that is code: the kernels in flaxqwen/ops/cpp, for x86 CPUs. All else is in pyproject.toml."""
 
 import platform
 import sys
@@ -14,13 +14,14 @@ INSTRUCTIONS = {
 
 
 def kernels() -> list[Extension]:
-    """One library by set of instructions. Where none can be built, XLA's own products serve."""
+    """One library by set of instructions. Where none can be built, operations of XLA's serve."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return []
     return [
         Extension(
-            f"flaxqwen.ops.few_rows_{name}",
-            ["flaxqwen/ops/few_rows.cc"],
+            f"flaxqwen.ops.cpu_{name}",
+            ["flaxqwen/ops/cpp/few_rows.cc", "flaxqwen/ops/cpp/decode_attention.cc"],
+            depends=["flaxqwen/ops/cpp/common.h"],
             include_dirs=[str(Path(jaxlib.__file__).with_name("include"))],
             extra_compile_args=["-std=c++20", "-O3", "-w", *(f"-m{feature}" for feature in features)],
             optional=True,

@@ -109,14 +109,14 @@ class Qwen2Attention(nn.Module):
             filled = own.append(key, value, cache.length, self.sharding is not None, cuts_slots(self.sharding, own))
             filled = settle(self.sharding, filled)
             readable = jax.tree.map(lambda a: a[:, :, : cache.readable], filled)
-        heads = (query, readable.key, readable.value, visibility, self.window, readable.scales)
         drop = not deterministic and self.config.attention_dropout > 0
         weights = None
         if output_attentions or drop:
+            heads = (query, readable.key, readable.value, visibility, self.window, readable.scales)
             y, weights = attend(*heads, dropout=lambda w: self.dropout(w, deterministic=not drop))
         else:
             kind = "whole" if cache is None else "decode" if T == 1 else "prefill"
-            y = run_attention(self.attention, kind, *heads, self.sharding)
+            y = run_attention(self.attention, kind, query, filled, readable, visibility, self.window, self.sharding)
         weights = own_heads(self.sharding, weights) if output_attentions and weights is not None else None
         return self.o_proj(y.reshape(B, T, -1)), filled, weights
 

@@ -1,19 +1,14 @@
-"""Products of a few rows with a weight of bfloat16 or int8 on a CPU, by a kernel of our own: few_rows.cc.
-
-The package's build compiles it; where it did not, or the CPU has other instructions, XLA's products serve.
-"""
+"""Products of a few rows with a weight of bfloat16 or int8 on a CPU, by a kernel of our own: cpp/few_rows.cc."""
 
 from __future__ import annotations
 
-import ctypes
 from functools import partial
-from pathlib import Path
-from sysconfig import get_config_var
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flaxqwen.ops import cpu_kernels
 from flaxqwen.ops.cpu import rows_of, tangent_of_product
 
 # Up to so many rows it is faster than XLA's products (Zen 5): of bfloat16, 16 rows take 5 to 10 ms for 11 to 12, and 32
@@ -21,28 +16,9 @@ from flaxqwen.ops.cpu import rows_of, tangent_of_product
 FEW_ROWS = 16
 
 
-def _register() -> tuple[str, ...]:
-    """Tell JAX of the libraries that the build has made and that run on this CPU; their names, the fastest first."""
-    found = []
-    for name in ("few_rows_avx512", "few_rows_avx2"):
-        path = Path(__file__).with_name(f"{name}{get_config_var('EXT_SUFFIX')}")
-        if not path.exists():
-            continue
-        library = ctypes.CDLL(str(path))
-        library.runs_here.restype = ctypes.c_bool
-        if library.runs_here():
-            jax.ffi.register_ffi_target(f"flaxqwen_{name}", jax.ffi.pycapsule(library.FewRows), platform="cpu")
-            found.append(name)
-    return tuple(found)
-
-
-KERNELS = _register()
-KERNEL = next(iter(KERNELS), None)
-
-
 def kernel_serves(x: jax.Array, weight: jax.Array) -> bool:
     """Whether contract_few_rows takes x [..., in] and weight [out, in] as they are, and is the faster form on a CPU."""
-    if KERNEL is None or not 1 <= rows_of(x) <= FEW_ROWS:
+    if cpu_kernels.INSTRUCTIONS is None or not 1 <= rows_of(x) <= FEW_ROWS:
         return False
     return (x.dtype, weight.dtype) in ((jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.int8), (jnp.float32, jnp.int8))
 
@@ -55,10 +31,9 @@ def contract_few_rows(x: jax.Array, weight: jax.Array) -> jax.Array:
     would be gathered.
     """
     # With AVX2 products are of float32: the few rows are widened once, the weight as it is read.
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32 if KERNEL == "few_rows_avx2" else x.dtype)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32 if cpu_kernels.INSTRUCTIONS == "avx2" else x.dtype)
     y = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32)
-    product = jax.ffi.ffi_call(f"flaxqwen_{KERNEL}", y, vmap_method="sequential")(rows, weight)
-    return product.reshape(*x.shape[:-1], -1)
+    return cpu_kernels.call("FewRows", y, rows, weight).reshape(*x.shape[:-1], -1)
 
 
 @partial(contract_few_rows.defjvp, symbolic_zeros=True)

@@ -1,4 +1,4 @@
-"""Attention by kernels of libraries, in the terms of `attend_in_blocks`: how each is called, and what it serves.
+"""Attention by kernels, in the terms of `attend_in_blocks`: how each is called, and what it serves.
 
 Axes: B batch, T new tokens, S cache slots, N query heads, K key/value heads, G = N // K query heads per key/value
 head, H head dim.
@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxqwen.ops.attention import Visibility
+from flaxqwen.ops import cpu_kernels
+from flaxqwen.ops.attention import Visibility, attend_in_blocks
 
 LANES = 128  # of a TPU: splash takes blocks of multiples of it
 LARGEST_BLOCK = 512
@@ -160,3 +161,43 @@ def decode_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> b
     S = key.shape[2]
     plain = visibility.slot_mask is None and visibility.query_segment is None
     return plain and query.shape[1] == 1 and S % (SPLITS * SMALLEST_PART) == 0
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def decode_on_cpu(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None, interpret: bool
+) -> jax.Array:
+    """Our attention of a decoding step on a CPU, cpp/decode_attention.cc: what a row may see of the cache is read once.
+
+    key, value: may have slots beyond those of the mask, which are not read. A row that sees nothing gives 0. There is
+    no interpreter: `interpret` is not looked at.
+    """
+    B, _, N, H = query.shape
+    mask = visibility.slot_mask
+    end = jnp.broadcast_to(visibility.query_slot[:, 0] + 1, (B,))
+    begin = jnp.zeros_like(end) if window is None else end - window
+    seen = jnp.ones((1, key.shape[2]), bool) if mask is None else mask
+    rows = query.reshape(B, N, H).astype(jnp.float32)
+    result = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
+    return cpu_kernels.call("DecodeAttention", result, rows, key, value, begin, end, seen).astype(query.dtype)[:, None]
+
+
+@decode_on_cpu.defjvp
+def _decode_on_cpu_jvp(window: int | None, interpret: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """By the plain one, on the slots of the mask."""
+    query, key, value, visibility = primals
+    S = key.shape[2] if visibility.slot_mask is None else visibility.slot_mask.shape[1]
+
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attend_in_blocks(query, key[:, :, :S], value[:, :, :S], visibility, window)
+
+    return jax.jvp(plain, (query, key, value), tangents[:3])
+
+
+def decode_on_cpu_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
+    """Where the kernels are built: one token a row, and heads of whole vectors, of a dtype that it reads."""
+    dtypes = (jnp.float32, jnp.bfloat16)
+    is_whole = query.shape[1] == 1 and query.shape[3] % 16 == 0 and query.shape[0] > 0
+    return (
+        cpu_kernels.INSTRUCTIONS is not None and is_whole and key.dtype in dtypes and visibility.query_segment is None
+    )

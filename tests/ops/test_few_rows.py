@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -17,7 +16,7 @@ from jax.typing import DTypeLike
 
 from flaxqwen import Qwen2Config, Qwen2ForCausalLM
 from flaxqwen.cache import init_cache
-from flaxqwen.ops import few_rows
+from flaxqwen.ops import cpu_kernels
 from flaxqwen.ops.cpu import cpu_flags
 from flaxqwen.ops.few_rows import FEW_ROWS, contract_few_rows, kernel_serves
 from flaxqwen.ops.linear import Linear
@@ -28,18 +27,7 @@ from tests.reference import close
 BFLOAT16, INT8 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.int8)
 DTYPES = [(BFLOAT16, BFLOAT16), (BFLOAT16, INT8), (np.dtype(np.float32), INT8)]
 
-built = pytest.mark.skipif(not few_rows.KERNELS, reason="the build made no kernel for this CPU")
-
-
-@pytest.fixture(params=["few_rows_avx512", "few_rows_avx2"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each that runs here, in programs of its own."""
-    if request.param not in few_rows.KERNELS:
-        pytest.skip(f"{request.param} was not built, or this CPU has not its instructions")
-    monkeypatch.setattr(few_rows, "KERNEL", request.param)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
+built = pytest.mark.skipif(not cpu_kernels.BUILT, reason="the build made no kernels for this CPU")
 
 
 def drawn(rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
@@ -48,18 +36,18 @@ def drawn(rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike) ->
     return rng.standard_normal(shape).astype(dtype)
 
 
-def test_the_build_makes_it():
-    """For both sets of instructions; and of those that this CPU has, the wider is used."""
+def test_the_build_makes_kernels():
+    """For both sets of instructions; of those that this CPU has, the wider come first."""
     if shutil.which("g++") is None:
         pytest.skip("there is no compiler")
     flags = cpu_flags().split()
-    needed = {"few_rows_avx512": "avx512_bf16", "few_rows_avx2": "avx2"}
-    assert list(few_rows.KERNELS) == [name for name, flag in needed.items() if flag in flags]
+    needed = {"avx512": "avx512_bf16", "avx2": "avx2"}
+    assert list(cpu_kernels.BUILT) == [name for name, flag in needed.items() if flag in flags]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (5, 31), (7, 128), (64, 200), (129, 896), (300, 4864)], ids=str)
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("kernels_for")
 def test_products(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], size: tuple[int, int]):
     """Of every number of rows, to float32's rounding: 1e-6 of the sum of the products' magnitudes."""
     out, width = size
@@ -75,7 +63,7 @@ def test_products(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], s
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("kernels_for")
 def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype]):
     """To the last bit: alone, and in batches of every size."""
     x, weight = drawn(rng, (FEW_ROWS, 1003), dtypes[0]), drawn(rng, (151, 1003), dtypes[1])
@@ -84,7 +72,7 @@ def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator, dtypes: t
         np.testing.assert_array_equal(jax.jit(contract_few_rows)(x[-rows:], weight), whole[-rows:])
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("kernels_for")
 def test_what_is_not_finite_stays_so(rng: np.random.Generator):
     x, weight = drawn(rng, (3, 64), BFLOAT16), drawn(rng, (9, 64), BFLOAT16)
     x[0, 3], x[1, 60] = np.nan, np.inf
@@ -94,7 +82,7 @@ def test_what_is_not_finite_stays_so(rng: np.random.Generator):
     assert np.isfinite(y[2]).all()
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("kernels_for")
 def test_from_many_threads(rng: np.random.Generator):
     """More calls at a time than XLA has threads: each gives its own result, and none waits for another forever."""
     xs, weight = drawn(rng, (64, 3, 256), BFLOAT16), drawn(rng, (4096, 256), BFLOAT16)
@@ -106,7 +94,7 @@ def test_from_many_threads(rng: np.random.Generator):
                 np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("kernels_for")
 def test_derivatives(rng: np.random.Generator):
     """Of x and the weight, each alone, and forward mode; of x alone where the weight is int8."""
     x, dy = drawn(rng, (2, 3, 48), BFLOAT16), drawn(rng, (2, 3, 32), BFLOAT16).astype(np.float32)
@@ -127,7 +115,7 @@ def test_derivatives(rng: np.random.Generator):
     close(jax.jit(jax.grad(loss))(x.astype(np.float32), integers), wide[2] @ integers.astype(np.float64), 1e-5)
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("kernels_for")
 def test_mapped(rng: np.random.Generator):
     """Over x, over both, and over the weight alone."""
     xs, weights = drawn(rng, (4, 2, 48), BFLOAT16), drawn(rng, (4, 32, 48), BFLOAT16)
@@ -142,11 +130,11 @@ def calls(module: nn.Module, *arguments: jax.Array, **named: object) -> int:
     """How many calls of the kernel a module's program has."""
     params = jax.eval_shape(module.init, jax.random.key(0), *arguments)
     text = jax.jit(module.apply).lower(params, *arguments, **named).compile().as_text()
-    return text.count(f'custom_call_target="flaxqwen_{few_rows.KERNEL}"')
+    return text.count(f'custom_call_target="{cpu_kernels.target("FewRows", cpu_kernels.INSTRUCTIONS)}"')
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("kernels_for")
 def test_every_product_of_a_step(tied: bool):
     """Of as many rows as it is faster for, in bfloat16 and in no other dtype."""
     config = Qwen2Config(

@@ -12,7 +12,7 @@ import pytest
 
 from flaxqwen import Qwen2Config, Qwen2ForCausalLM
 from flaxqwen.cache import init_cache
-from flaxqwen.ops import few_rows, linear
+from flaxqwen.ops import cpu_kernels, linear
 from flaxqwen.ops.cpu import contract_one_row
 
 # A result of bfloat16 is rounded to 8 bits.
@@ -65,7 +65,7 @@ def test_one_row_reads_the_weight_as_it_lies(rng: np.random.Generator, dtype: An
 def test_products_of_one_row_are_vectorised(monkeypatch: pytest.MonkeyPatch, heads: int):
     """On a CPU, of a decoding step: each row comes flat to its product, and nothing is done to a short one there."""
     monkeypatch.setattr(linear, "HAS_AMX", False)
-    monkeypatch.setattr(few_rows, "KERNEL", None)
+    monkeypatch.setattr(cpu_kernels, "INSTRUCTIONS", None)
     config = Qwen2Config(
         vocab_size=500, hidden_size=192, intermediate_size=320, num_hidden_layers=2, num_attention_heads=heads,
         num_key_value_heads=2, head_dim=64,

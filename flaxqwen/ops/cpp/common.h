@@ -1,13 +1,8 @@
-// Products of a few rows with a weight, y [rows, out] = x [rows, in] weight [out, in]^T, as an XLA custom call for CPUs.
+// What the kernels share: vectors, products of few rows, and work on several threads.
 //
-// At a few rows such a product is one pass over the weight, and memory is its limit. XLA's own products wait for memory
-// and then compute, because its code has no prefetch instructions: on 2 cores of a Zen 5, 24 weights of 4,864 x 896 in
-// bfloat16 take it 9.7 ms for 8 rows and 4.3 ms for one, this file 3.5 and 2.8, which is the bandwidth.
-//
-// A row's result does not depend, to the last bit, on the rows beside it: every product of two vectors is summed in the
-// same order, in float32, whatever the block that it is computed in.
-//
-// setup.py builds this once for CPUs with AVX-512 and its bfloat16 instructions, and once for those with AVX2.
+// setup.py builds all once for CPUs with AVX-512 and its bfloat16 instructions, and once for those with AVX2.
+
+#pragma once
 
 #include <immintrin.h>
 
@@ -21,15 +16,11 @@
 
 #define INLINE inline __attribute__((always_inline))
 
-namespace {
-
 namespace ffi = xla::ffi;
 
-// How far ahead of its use a weight is asked for, in bytes: 6 to 16 KB are alike, 4 KB takes 10% longer (Zen 5).
+// How far ahead of its use memory is asked for, in bytes: 6 to 16 KB are alike, 4 KB takes 10% longer (Zen 5).
 constexpr int kAhead = 8192;
 constexpr int kCacheLine = 64;
-// What is not worth another thread's waking, in bytes of the weight.
-constexpr int64_t kSmallestPart = 1 << 16;
 // How often a thread that is done looks whether the others are, some 0.5 ms, before it sleeps: to be woken takes longer
 // than most of them have left (8 rows, Zen 5: 15% of a product).
 constexpr int kTurns = 20000;
@@ -68,10 +59,15 @@ struct Wide {
   static constexpr int kLanes = 16, kOutputs = 2, kOutputsOfOneRow = 1;
 
   static INLINE Vector load(const float* p) { return _mm512_loadu_ps(p); }
+  static INLINE Vector load(const bfloat16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(as<__m256i>(p))), 16));
+  }
   static INLINE Vector load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(as<__m128i>(p))));
   }
   static INLINE Sums zeros() { return _mm512_setzero_ps(); }
+  static INLINE Vector all(float x) { return _mm512_set1_ps(x); }
+  static INLINE void store(float* p, Vector vector) { _mm512_storeu_ps(p, vector); }
   static INLINE Sums add_products(Sums sums, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sums); }
   static INLINE float total(Sums sums) { return _mm512_reduce_add_ps(sums); }
 };
@@ -108,6 +104,8 @@ struct Wide {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(as<__m128i>(p))));
   }
   static INLINE Sums zeros() { return _mm256_setzero_ps(); }
+  static INLINE Vector all(float x) { return _mm256_set1_ps(x); }
+  static INLINE void store(float* p, Vector vector) { _mm256_storeu_ps(p, vector); }
   static INLINE Sums add_products(Sums sums, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sums); }
   static INLINE float total(Sums sums) {
     float lanes[kLanes], total = 0;
@@ -184,20 +182,6 @@ void multiply(const void* weight_data, const void* x_data, float* y, Shape shape
   for (; o < end; o++) multiply_rows<Products, kMostRows, 1>(weight + o * shape.in, x, y + o, shape);
 }
 
-using Multiply = decltype(&multiply<Wide, int8_t>);
-
-// For x and a weight of these dtypes; null: there is none.
-Multiply choose(ffi::DataType x, ffi::DataType weight) {
-  if (x == ffi::F32 && weight == ffi::S8) return multiply<Wide, int8_t>;
-#ifdef __AVX512BF16__
-  if (x == ffi::BF16 && weight == ffi::S8) return multiply<Pairs, int8_t>;
-  if (x == ffi::BF16 && weight == ffi::BF16) return multiply<Pairs, bfloat16>;
-#else
-  if (x == ffi::F32 && weight == ffi::BF16) return multiply<Wide, bfloat16>;
-#endif
-  return nullptr;
-}
-
 // Calls run(part) once for each of a number of parts, on the pool's threads and on this one, which takes what no other
 // has begun: it never waits for a thread that is not there.
 template <typename Run>
@@ -213,41 +197,9 @@ void in_parts(ffi::ThreadPool& pool, int parts, Run run) {
       if (--progress->left == 0) progress->left.notify_one();
     }
   };
-  for (int thread = 1; thread < parts; thread++) pool.Schedule([work] { work(); });
+  int threads = std::min<int64_t>(parts, pool.num_threads());
+  for (int thread = 1; thread < threads; thread++) pool.Schedule([work] { work(); });
   work();
   for (int turn = 0; turn < kTurns && progress->left != 0; turn++) _mm_pause();
   for (int left; (left = progress->left) != 0;) progress->left.wait(left);
 }
-
-ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::ResultBuffer<ffi::F32> y) {
-  auto sizes = weight.dimensions();
-  if (sizes.size() != 2 || x.dimensions().size() != 2 || x.dimensions()[1] != sizes[1])
-    return ffi::Error::InvalidArgument("few_rows: x is [rows, in] and the weight [out, in]");
-  Multiply multiply = choose(x.element_type(), weight.element_type());
-  if (multiply == nullptr) return ffi::Error::InvalidArgument("few_rows: no products of such dtypes");
-  Shape shape{x.dimensions()[0], sizes[1], sizes[0]};
-  int64_t most = std::max<int64_t>(weight.size_bytes() / kSmallestPart, 1);
-  int parts = std::clamp<int64_t>(pool.num_threads(), 1, most);
-  in_parts(pool, parts, [=, from = weight.untyped_data(), rows = x.untyped_data(), to = y->typed_data()](int part) {
-    multiply(from, rows, to, shape, shape.out * part / parts, shape.out * (part + 1) / parts);
-  });
-  return ffi::Error::Success();
-}
-
-}  // namespace
-
-// Whether this CPU has the instructions that this file was built for.
-extern "C" bool runs_here() {
-#ifdef __AVX512BF16__
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
-#else
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRows, few_rows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,0 +1,62 @@
+// Products of a few rows with a weight, y [rows, out] = x [rows, in] weight [out, in]^T, as an XLA custom call for CPUs.
+//
+// At a few rows such a product is one pass over the weight, and memory is its limit. XLA's own products wait for memory
+// and then compute, because its code has no prefetch instructions: on 2 cores of a Zen 5, 24 weights of 4,864 x 896 in
+// bfloat16 take it 9.7 ms for 8 rows and 4.3 ms for one, this file 3.5 and 2.8, which is the bandwidth.
+//
+// A row's result does not depend, to the last bit, on the rows beside it: every product of two vectors is summed in the
+// same order, in float32, whatever the block that it is computed in.
+
+#include "common.h"
+
+namespace {
+
+// What is not worth another thread's waking, in bytes of the weight.
+constexpr int64_t kSmallestPart = 1 << 16;
+
+using Multiply = decltype(&multiply<Wide, int8_t>);
+
+// For x and a weight of these dtypes; null: there is none.
+Multiply choose(ffi::DataType x, ffi::DataType weight) {
+  if (x == ffi::F32 && weight == ffi::S8) return multiply<Wide, int8_t>;
+#ifdef __AVX512BF16__
+  if (x == ffi::BF16 && weight == ffi::S8) return multiply<Pairs, int8_t>;
+  if (x == ffi::BF16 && weight == ffi::BF16) return multiply<Pairs, bfloat16>;
+#else
+  if (x == ffi::F32 && weight == ffi::BF16) return multiply<Wide, bfloat16>;
+#endif
+  return nullptr;
+}
+
+ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::ResultBuffer<ffi::F32> y) {
+  auto sizes = weight.dimensions();
+  if (sizes.size() != 2 || x.dimensions().size() != 2 || x.dimensions()[1] != sizes[1])
+    return ffi::Error::InvalidArgument("few_rows: x is [rows, in] and the weight [out, in]");
+  Multiply multiply = choose(x.element_type(), weight.element_type());
+  if (multiply == nullptr) return ffi::Error::InvalidArgument("few_rows: no products of such dtypes");
+  Shape shape{x.dimensions()[0], sizes[1], sizes[0]};
+  int64_t most = std::max<int64_t>(weight.size_bytes() / kSmallestPart, 1);
+  int parts = std::clamp<int64_t>(pool.num_threads(), 1, most);
+  in_parts(pool, parts, [=, from = weight.untyped_data(), rows = x.untyped_data(), to = y->typed_data()](int part) {
+    multiply(from, rows, to, shape, shape.out * part / parts, shape.out * (part + 1) / parts);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+// Whether this CPU has the instructions that this file was built for.
+extern "C" bool runs_here() {
+#ifdef __AVX512BF16__
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
+#else
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRows, few_rows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
