@@ -24,10 +24,10 @@ constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 INLINE float exp_of(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   float bounded = x < -87.0f ? -87.0f : x;
-  float n = (bounded * 1.44269504f + kRound) - kRound;
-  float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  float n = std::fma(bounded, 1.44269504f, kRound) - kRound;
+  float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, bounded));
   float p = 1.0f / 5040;
-  for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + factor;
+  for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = std::fma(p, r, factor);
   int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
