@@ -7,6 +7,9 @@ from pathlib import Path
 import jaxlib
 from setuptools import Extension, setup
 
+# Products and sums are fused where the code says so and nowhere else, so that no result depends on how a loop was
+# compiled; and a loop with a condition may be vectorised.
+OPTIONS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-w")
 INSTRUCTIONS = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma"),
     "avx2": ("avx2", "fma"),
@@ -23,8 +26,7 @@ def kernels() -> list[Extension]:
             ["flaxqwen/ops/cpp/few_rows.cc", "flaxqwen/ops/cpp/decode_attention.cc"],
             depends=["flaxqwen/ops/cpp/common.h"],
             include_dirs=[str(Path(jaxlib.__file__).with_name("include"))],
-            # Products and sums are fused where the code says so and nowhere else: results are those of every build.
-            extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=off", "-w", *(f"-m{name}" for name in features)],
+            extra_compile_args=[*OPTIONS, *(f"-m{feature}" for feature in features)],
             optional=True,
         )
         for instructions, features in INSTRUCTIONS.items()
