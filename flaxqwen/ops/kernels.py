@@ -170,34 +170,41 @@ def decode_on_cpu(
     """Our attention of a decoding step on a CPU, cpp/decode_attention.cc: what a row may see of the cache is read once.
 
     key, value: may have slots beyond those of the mask, which are not read. A row that sees nothing gives 0. There is
-    no interpreter: `interpret` is not looked at.
+    no interpreter: `interpret` is not looked at. Elsewhere than on a CPU it is the plain one.
     """
-    B, _, N, H = query.shape
-    mask = visibility.slot_mask
-    end = jnp.broadcast_to(visibility.query_slot[:, 0] + 1, (B,))
-    begin = jnp.zeros_like(end) if window is None else end - window
-    seen = jnp.ones((1, key.shape[2]), bool) if mask is None else mask
-    rows = query.reshape(B, N, H).astype(jnp.float32)
-    result = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
-    return cpu_kernels.call("DecodeAttention", result, rows, key, value, begin, end, seen).astype(query.dtype)[:, None]
+
+    def kernel(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility) -> jax.Array:
+        B, _, N, H = query.shape
+        end = jnp.broadcast_to(visibility.query_slot[:, 0] + 1, (B,))
+        begin = jnp.zeros_like(end) if window is None else end - window
+        mask = jnp.ones((1, key.shape[2]), bool) if visibility.slot_mask is None else visibility.slot_mask
+        rows = query.reshape(B, N, H).astype(jnp.float32)
+        result = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
+        return cpu_kernels.call("DecodeAttention", result, rows, key, value, begin, end, mask)[:, None]
+
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility) -> jax.Array:
+        return _decode_plainly(query, key, value, visibility, window).astype(jnp.float32)
+
+    return jax.lax.platform_dependent(query, key, value, visibility, cpu=kernel, default=plain).astype(query.dtype)
+
+
+def _decode_plainly(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None
+) -> jax.Array:
+    S = key.shape[2] if visibility.slot_mask is None else visibility.slot_mask.shape[1]
+    return attend_in_blocks(query, key[:, :, :S], value[:, :, :S], visibility, window)
 
 
 @decode_on_cpu.defjvp
 def _decode_on_cpu_jvp(window: int | None, interpret: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """By the plain one, on the slots of the mask."""
+    """By the plain one."""
     query, key, value, visibility = primals
-    S = key.shape[2] if visibility.slot_mask is None else visibility.slot_mask.shape[1]
-
-    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return attend_in_blocks(query, key[:, :, :S], value[:, :, :S], visibility, window)
-
+    plain = partial(_decode_plainly, visibility=visibility, window=window)
     return jax.jvp(plain, (query, key, value), tangents[:3])
 
 
 def decode_on_cpu_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
-    """Where the kernels are built: one token a row, and heads of whole vectors, of a dtype that it reads."""
-    dtypes = (jnp.float32, jnp.bfloat16)
-    is_whole = query.shape[1] == 1 and query.shape[3] % 16 == 0 and query.shape[0] > 0
-    return (
-        cpu_kernels.INSTRUCTIONS is not None and is_whole and key.dtype in dtypes and visibility.query_segment is None
-    )
+    """Where the kernels are built: one token a row, heads of whole vectors, and a cache of a dtype that it reads."""
+    B, T, N, H = query.shape
+    takes = B > 0 and T == 1 and H % 16 == 0 and key.dtype in (jnp.float32, jnp.bfloat16)
+    return takes and visibility.query_segment is None and cpu_kernels.serve()

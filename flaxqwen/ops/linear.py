@@ -37,7 +37,7 @@ def contract(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None, on
 
     Args:
       scale: of a quantized weight, see contract_quantized; None: it is not.
-      on_one_device: whether the weight is known to lie on one, so that a CPU may multiply few rows by our kernel.
+      on_one_device: whether the model has no Sharding, so that a CPU may multiply few rows by our kernel.
     """
     if scale is not None:
         return contract_quantized(x, weight, scale, on_one_device)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxqwen.ops.cpu import HAS_AMX, contract_one_row, rows_of
-from flaxqwen.ops.few_rows import contract_few_rows, kernel_serves
+from flaxqwen.ops.few_rows import contract_few_rows, contract_wide, kernel_serves
 
 # Up to so many rows are multiplied in int8 on a CPU, each as so many digits.
 FEW_ROWS, DIGITS = 16, 3
@@ -31,10 +31,10 @@ def contract_quantized(x: jax.Array, values: jax.Array, scale: jax.Array, on_one
 def _contract_int8(x: jax.Array, values: jax.Array, on_one_device: bool) -> jax.Array:
     """Without the scale -> [..., out] float32."""
     if on_one_device and kernel_serves(x, values):
-        return jax.lax.platform_dependent(x, values, cpu=contract_few_rows, default=_contract_wide)
+        return jax.lax.platform_dependent(x, values, cpu=contract_few_rows, default=contract_wide)
     if rows_of(x) <= FEW_ROWS:
-        return jax.lax.platform_dependent(x, values, cpu=_contract_int8_cpu, default=_contract_wide)
-    return _contract_wide(x, values)
+        return jax.lax.platform_dependent(x, values, cpu=_contract_int8_cpu, default=contract_wide)
+    return contract_wide(x, values)
 
 
 def _contract_int8_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
@@ -75,7 +75,7 @@ def _contract_int4(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Arr
 
 def _contract_int4_wide(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     (low, high), (even, odd) = _halves(values, scale), _even_and_odd(x)
-    return _contract_wide(even, low) + _contract_wide(odd, high)
+    return contract_wide(even, low) + contract_wide(odd, high)
 
 
 def _contract_int4_one_row_cpu(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
@@ -95,9 +95,3 @@ def _halves(values: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     wide = jnp.broadcast_to(scale[..., None], (*scale.shape, half // scale.shape[1])).reshape(out, half)
     low, high = ((nibble.astype(jnp.int8) - 8).astype(jnp.float32) * wide for nibble in (values & 15, values >> 4))
     return low, high
-
-
-def _contract_wide(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times weight [out, in] -> [..., out] float32; int8 is exact in any floating dtype."""
-    dims = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)

@@ -167,6 +167,72 @@ def test_native(rng, case, is_padded, window):
 
 
 @pytest.mark.usefixtures("kernels_for")
+def test_native_does_not_depend_on_other_rows(rng):
+    """To the last bit: a row alone, and beside rows that see more parts of the cache or begin in others."""
+    heads = heads_of(rng, 7, tokens=1, slots=2048)
+    for window in (None, 700):
+        visibility = Visibility(jnp.asarray([[1203], [2047]], jnp.int32))
+        both = native(*heads, visibility, window)
+        for row in (0, 1):
+            own = Visibility(visibility.query_slot[row : row + 1])
+            alone = native(*(a[row : row + 1] for a in heads), own, window)
+            assert (alone[0] == both[row]).all()
+
+
+@pytest.mark.usefixtures("kernels_for")
+def test_native_of_what_rows_share(rng):
+    """One slot, or one mask, for all rows; mapped, and queries of another dtype than the cache: as the plain one."""
+    query, key, value = heads_of(rng, 3, tokens=1)
+    mask = jnp.asarray(rng.random((1, S)) < 0.5).at[0, 200].set(True)
+    visibility = Visibility(jnp.full((1, 1), 200, jnp.int32), mask)
+    want = attend_in_blocks(query, key, value, visibility)
+    close(native(query, key, value, visibility, None), want, relative=2e-6)
+    cache = (key.astype(jnp.bfloat16), value.astype(jnp.bfloat16))
+    wide = (a.astype(jnp.float32) for a in cache)
+    close(native(query, *cache, visibility, None), attend_in_blocks(query, *wide, visibility), relative=2e-6)
+    mapped = jax.vmap(lambda *heads: native(*(a[None] for a in heads), visibility, None)[0])(query, key, value)
+    close(mapped, want, relative=2e-6)
+
+
+@pytest.mark.usefixtures("kernels_for")
+@pytest.mark.parametrize("place", [0, 3, 70, 120])
+def test_native_with_what_is_not_finite(rng, place):
+    """NaN in what is seen, wherever it stands, makes NaN of what sees it; a key that is hidden does nothing."""
+    query, key, value = heads_of(rng, 4, tokens=1)
+    visibility = Visibility(jnp.full((B, 1), 120, jnp.int32))
+    for changed in (
+        (query.at[0, 0, :4].set(jnp.nan), key, value),
+        (query, key.at[0, 0, place].set(jnp.nan), value),
+        (query, key, value.at[0, 0, place].set(jnp.nan)),
+    ):
+        got = native(*changed, visibility, None)
+        assert jnp.isnan(got[0, 0, :4]).all()
+        assert jnp.isfinite(got[0, 0, 4:]).all()
+        assert jnp.isfinite(got[1]).all()
+    hidden = Visibility(visibility.query_slot, jnp.ones((B, S), bool).at[:, place].set(place == 120))
+    for unseen in (jnp.nan, 3e38):
+        if place != 120:
+            got = native(query, key.at[0, 0, place].set(unseen), value, hidden, None)
+            assert jnp.isfinite(got).all()
+
+
+def test_native_elsewhere_than_on_a_cpu(rng, monkeypatch):
+    """Lowered for a TPU it is the plain one."""
+    heads, visibility = heads_of(rng, 4, tokens=1), Visibility(jnp.full((B, 1), 120, jnp.int32))
+    monkeypatch.setattr(cpu_kernels, "INSTRUCTIONS", "avx2")
+    traced = jax.jit(partial(kernels.decode_on_cpu, window=None, interpret=False)).trace(*heads, visibility)
+    assert "DecodeAttention" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "DecodeAttention" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_native_without_kernels(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "INSTRUCTIONS", None)
+    assert choose_attention(None, "cpu") == DEFAULTS["cpu"]  # decoding is plain
+    with pytest.raises(ValueError, match="'native': no kernels were built for this CPU"):
+        choose_attention("native", "cpu")
+
+
+@pytest.mark.usefixtures("kernels_for")
 def test_native_where_nothing_is_seen(rng):
     heads = heads_of(rng, 4, tokens=1)
     visibility = Visibility(jnp.full((B, 1), 100, jnp.int32), jnp.zeros((B, S), bool).at[1, 50].set(True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -18,8 +19,8 @@ from flaxqwen import Qwen2Config, Qwen2ForCausalLM
 from flaxqwen.cache import init_cache
 from flaxqwen.ops import cpu_kernels
 from flaxqwen.ops.cpu import cpu_flags
-from flaxqwen.ops.few_rows import FEW_ROWS, contract_few_rows, kernel_serves
-from flaxqwen.ops.linear import Linear
+from flaxqwen.ops.few_rows import KERNEL_ROWS, contract_few_rows, kernel_serves
+from flaxqwen.ops.linear import Linear, contract
 from flaxqwen.quantization import quantize_weight
 from flaxqwen.sharding import Sharding, make_mesh
 from tests.reference import close
@@ -40,7 +41,7 @@ def test_the_build_makes_kernels():
     """For both sets of instructions; of those that this CPU has, the wider come first."""
     if shutil.which("g++") is None:
         pytest.skip("there is no compiler")
-    flags = cpu_flags().split()
+    flags = cpu_flags().split()  # where this fails: pip install -e ., with -v for the compiler's errors
     needed = {"avx512": "avx512_bf16", "avx2": "avx2"}
     assert list(cpu_kernels.BUILT) == [name for name, flag in needed.items() if flag in flags]
 
@@ -52,7 +53,7 @@ def test_products(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], s
     """Of every number of rows, to float32's rounding: 1e-6 of the sum of the products' magnitudes."""
     out, width = size
     weight = drawn(rng, size, dtypes[1])
-    for rows in (*range(1, 10), FEW_ROWS - 1, FEW_ROWS):
+    for rows in (*range(1, 10), KERNEL_ROWS - 1, KERNEL_ROWS):
         x = drawn(rng, (rows, width), dtypes[0])
         y = jax.jit(contract_few_rows)(x, weight)
         assert y.shape == (rows, out)
@@ -66,9 +67,9 @@ def test_products(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], s
 @pytest.mark.usefixtures("kernels_for")
 def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype]):
     """To the last bit: alone, and in batches of every size."""
-    x, weight = drawn(rng, (FEW_ROWS, 1003), dtypes[0]), drawn(rng, (151, 1003), dtypes[1])
+    x, weight = drawn(rng, (KERNEL_ROWS, 1003), dtypes[0]), drawn(rng, (151, 1003), dtypes[1])
     whole = np.asarray(jax.jit(contract_few_rows)(x, weight))
-    for rows in range(1, FEW_ROWS):
+    for rows in range(1, KERNEL_ROWS):
         np.testing.assert_array_equal(jax.jit(contract_few_rows)(x[-rows:], weight), whole[-rows:])
 
 
@@ -84,7 +85,7 @@ def test_what_is_not_finite_stays_so(rng: np.random.Generator):
 
 @pytest.mark.usefixtures("kernels_for")
 def test_from_many_threads(rng: np.random.Generator):
-    """More calls at a time than XLA has threads: each gives its own result, and none waits for another forever."""
+    """16 calls at a time: each gives its own result, and none waits for another forever."""
     xs, weight = drawn(rng, (64, 3, 256), BFLOAT16), drawn(rng, (4096, 256), BFLOAT16)
     product = jax.jit(contract_few_rows)
     wanted = [np.asarray(product(x, weight)) for x in xs]
@@ -113,6 +114,23 @@ def test_derivatives(rng: np.random.Generator):
     close(tangent, 3 * (wide[0] @ wide[1].T), 1e-5)
     integers = drawn(rng, (32, 48), INT8)
     close(jax.jit(jax.grad(loss))(x.astype(np.float32), integers), wide[2] @ integers.astype(np.float64), 1e-5)
+
+
+@built
+def test_a_layer_with_its_derivatives_and_mapped(rng: np.random.Generator):
+    """As one whose products are XLA's, which on a mesh they are."""
+    config = Qwen2Config(num_attention_heads=2, num_key_value_heads=2)
+    sharding = Sharding.fit(make_mesh(devices=jax.devices()[:1]), config)
+    ours, plain = (Linear(32, param_dtype=jnp.bfloat16, sharding=each) for each in (None, sharding))
+    params = {"params": {"weight": jnp.asarray(drawn(rng, (32, 256), BFLOAT16))}}
+    x = jnp.asarray(drawn(rng, (3, 2, 256), BFLOAT16))
+
+    def loss(params: dict, x: jax.Array, layer: Linear) -> jax.Array:
+        return jnp.square(jax.vmap(layer.apply, (None, 0))(params, x).astype(jnp.float32)).sum()
+
+    gradients = [jax.jit(jax.grad(partial(loss, layer=layer), (0, 1)))(params, x) for layer in (ours, plain)]
+    for mine, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        close(mine.astype(jnp.float32), other.astype(jnp.float32), 2e-2)  # of outputs that were rounded to bfloat16
 
 
 @pytest.mark.usefixtures("kernels_for")
@@ -183,5 +201,46 @@ def test_what_it_does_not_serve():
     assert not kernel_serves(x, weight.astype(jnp.float32))
     assert not kernel_serves(x.astype(jnp.float32), weight)
     assert not kernel_serves(x.astype(jnp.float16), weight.astype(jnp.int8))
-    for rows in (0, FEW_ROWS + 1):
+    assert not kernel_serves(x, weight[:, :60])  # which XLA refuses by name
+    for rows in (0, KERNEL_ROWS + 1):
         assert not kernel_serves(jnp.ones((rows, 64), jnp.bfloat16), weight)
+
+
+@built
+def test_in_shard_map(rng: np.random.Generator):
+    """Where arrays have types of a mesh, operations of XLA's serve."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    x, weight = jnp.asarray(drawn(rng, (2, 64), BFLOAT16)), jnp.asarray(drawn(rng, (8, 64), BFLOAT16))
+    cut, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    product = partial(contract, on_one_device=True)
+    found = jax.jit(jax.shard_map(product, mesh=mesh, in_specs=(cut, whole), out_specs=cut))(x, weight)
+    close(found.astype(jnp.float32), contract(x, weight).astype(jnp.float32), 1e-2)
+
+
+@built
+def test_libraries_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Damaged, of other sources, for a later jaxlib, without a kernel: a line that names the file, and no kernels."""
+
+    def refused(message: str) -> None:
+        with pytest.warns(RuntimeWarning, match=f"cannot be used, install flaxqwen anew: .*{message}"):
+            assert cpu_kernels._register() == ()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_kernels, "HANDLERS", ("FewRows", "Missing"))
+        refused("undefined symbol: Missing")
+    with monkeypatch.context() as patch:
+        header = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
+        header.parent.mkdir(parents=True)
+        header.write_text("#define XLA_FFI_API_MAJOR 0\n#define XLA_FFI_API_MINOR 0\n")
+        patch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
+        refused("built with a later jaxlib")
+    copies = shutil.copytree(cpu_kernels.FOLDER, tmp_path / "cpp")
+    monkeypatch.setattr(cpu_kernels, "FOLDER", copies)
+    (copies / "common.h").write_text("// changed")
+    refused("built from other sources")
+    monkeypatch.setattr(cpu_kernels, "FOLDER", tmp_path / "damaged")
+    assert cpu_kernels._register() == ()
+    cpu_kernels.FOLDER.mkdir()
+    for path in copies.glob("*.so"):
+        (cpu_kernels.FOLDER / path.name).write_bytes(path.read_bytes()[:50])
+    refused("file too short")

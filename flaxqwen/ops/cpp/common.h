@@ -183,23 +183,24 @@ void multiply(const void* weight_data, const void* x_data, float* y, Shape shape
 }
 
 // Calls run(part) once for each of a number of parts, on the pool's threads and on this one, which takes what no other
-// has begun: it never waits for a thread that is not there.
+// has begun: it never waits for a thread that is not there. A thread that comes late finds nothing to run.
 template <typename Run>
-void in_parts(ffi::ThreadPool& pool, int parts, Run run) {
+void in_parts(ffi::ThreadPool& pool, int64_t parts, Run run) {
   struct Progress {
-    std::atomic<int> begun{0}, left;
+    alignas(kCacheLine) std::atomic<int64_t> begun{0};
+    alignas(kCacheLine) std::atomic<int64_t> left;
   };
   auto progress = std::make_shared<Progress>();
   progress->left = parts;
   auto work = [=] {
-    for (int part; (part = progress->begun++) < parts;) {
+    for (int64_t part; (part = progress->begun++) < parts;) {
       run(part);
       if (--progress->left == 0) progress->left.notify_one();
     }
   };
-  int threads = std::min<int64_t>(parts, pool.num_threads());
-  for (int thread = 1; thread < threads; thread++) pool.Schedule([work] { work(); });
+  int64_t threads = std::min(parts, pool.num_threads());
+  for (int64_t thread = 1; thread < threads; thread++) pool.Schedule([work] { work(); });
   work();
   for (int turn = 0; turn < kTurns && progress->left != 0; turn++) _mm_pause();
-  for (int left; (left = progress->left) != 0;) progress->left.wait(left);
+  for (int64_t left; (left = progress->left) != 0;) progress->left.wait(left);
 }

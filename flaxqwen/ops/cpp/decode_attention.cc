@@ -1,9 +1,10 @@
 // Attention of one new token of each row to its keys and values in the cache, as an XLA custom call for CPUs.
 //
-// Each key and value is read once, in the cache's dtype, and only those slots that the row may see: not the others of
-// the cache's capacity. Scores stand in memory for a few slots at a time: the softmax is the online one of Milakov and
-// Gimelshein (2018), in float32, and where there are more threads than heads the slots are shared out among them and
-// the parts brought together, as in Flash-Decoding (Dao et al., 2023).
+// Each key and value is read once, in the cache's dtype, from the first to the last slot that its row may see: not the
+// rest of the cache's capacity. Scores stand in memory for a few slots at a time: the softmax is the online one of
+// Milakov and Gimelshein (2018), in float32. Slots are read in parts, which threads share out among them, and what the
+// parts have seen is brought together, as in Flash-Decoding (Dao et al., 2023). Where a part begins depends on nothing
+// but its number: a row's result is the same to the last bit whatever rows and threads there are.
 //
 // Axes: B rows, N query heads, K key/value heads, G = N / K, C capacity, S slots that have a place in the mask, H dim.
 
@@ -11,20 +12,27 @@
 
 #include <cmath>
 #include <limits>
-#include <vector>
 
 namespace {
 
-// Slots at a time, and the fewest of a part.
+// Slots at a time, and slots of a part, a multiple of them.
 constexpr int kSlots = 64;
-constexpr int64_t kSmallestPart = 512;
+constexpr int64_t kPart = 512;
 constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
-// e^x for x <= 0: 2^n e^r with n an integer and |r| <= ln(2) / 2, by Taylor's polynomial; 0 below -87. Off by 2e-7 of it.
+template <typename To, typename From>
+INLINE To bits_as(From from) {
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// e^x for x <= 0: 2^n e^r with n an integer and |r| <= ln(2) / 2, by Taylor's polynomial; 0 below -87. Off by 1e-7 of it.
 INLINE float exp_of(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded, to an integer in its last bits
   float bounded = x < -87.0f ? -87.0f : x;
-  float n = std::fma(bounded, 1.44269504f, kRound) - kRound;
+  float rounded = std::fma(bounded, 1.44269504f, kRound);
+  float n = rounded - kRound;
   float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, bounded));
   float p = std::fma(1.0f / 5040, r, 1.0f / 720);  // a loop over the factors would not be vectorised
   p = std::fma(p, r, 1.0f / 120);
@@ -33,52 +41,55 @@ INLINE float exp_of(float x) {
   p = std::fma(p, r, 0.5f);
   p = std::fma(p, r, 1.0f);
   p = std::fma(p, r, 1.0f);
-  int32_t bits = x < -87.0f ? 0 : (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  uint32_t power = (bits_as<uint32_t>(rounded) << 23) + (127u << 23);
+  return p * bits_as<float>(x < -87.0f ? 0u : power);
 }
 
-// The largest of kSlots numbers, in as many runs beside each other as a vector has lanes.
+// The largest of kSlots numbers that are one, in as many runs beside each other as a vector has lanes.
 INLINE float largest_of(const float* row) {
   float most[Wide::kLanes];
-  std::copy_n(row, Wide::kLanes, most);
-  for (int i = Wide::kLanes; i < kSlots; i += Wide::kLanes)
+  std::fill_n(most, Wide::kLanes, kUnseen);
+  for (int i = 0; i < kSlots; i += Wide::kLanes)
     for (int lane = 0; lane < Wide::kLanes; lane++) most[lane] = most[lane] < row[i + lane] ? row[i + lane] : most[lane];
   return *std::max_element(most, most + Wide::kLanes);
 }
 
 struct Sizes {
-  int64_t kv_heads, group, capacity, slots, dim;
+  int64_t rows, kv_heads, group, capacity, mask_rows, slots, dim;
 };
 
-// What the G queries of a key/value head have seen so far: the largest score, the sum of e^(score - largest), and the
-// sum of the values [G, H] that are weighted so.
+// What the G queries of a key/value head have seen of a part: the largest score, the sum of e^(score - largest), and
+// the sum of the values [G, H] that are weighted so. Beside it, memory for queries [G, H] and scores [G, kSlots].
 struct Seen {
-  float *largest, *sum, *values;
+  float *largest, *sum, *values, *query, *scores;
 
-  static int64_t size(const Sizes& sizes) { return sizes.group * (sizes.dim + 2); }
+  static int64_t size(const Sizes& sizes) { return sizes.group * (2 * sizes.dim + kSlots + 2); }
 
   Seen(float* memory, const Sizes& sizes)
-      : largest(memory), sum(memory + sizes.group), values(memory + 2 * sizes.group) {}
+      : largest(memory),
+        sum(largest + sizes.group),
+        values(sum + sizes.group),
+        query(values + sizes.group * sizes.dim),
+        scores(query + sizes.group * sizes.dim) {}
 
   void clear(const Sizes& sizes) {
     std::fill_n(largest, sizes.group, kUnseen);
     std::fill_n(sum, (sizes.dim + 1) * sizes.group, 0.0f);
+    std::fill_n(scores, sizes.group * kSlots, 0.0f);
   }
 
-  // Takes over scores of `group` queries, one for each row of kSlots: they become e^(score - largest).
-  void take(float* scores, const Sizes& sizes) {
+  // Takes over the scores, which become e^(score - largest).
+  void take_scores(const Sizes& sizes) {
     for (int64_t g = 0; g < sizes.group; g++) {
       float* row = scores + g * kSlots;
       float most = std::max(largest[g], largest_of(row));
-      if (most == kUnseen) {
-        std::fill_n(row, kSlots, 0.0f);
-        continue;
+      if (most == kUnseen) {  // nothing but slots that are not seen, and scores that are NaN, which stay so
+        for (int i = 0; i < kSlots; i++) row[i] = row[i] == kUnseen ? 0.0f : row[i];
+      } else {
+        rescale(g, exp_of(largest[g] - most), sizes);
+        largest[g] = most;
+        for (int i = 0; i < kSlots; i++) row[i] = exp_of(row[i] - most);
       }
-      rescale(g, exp_of(largest[g] - most), sizes);
-      largest[g] = most;
-      for (int i = 0; i < kSlots; i++) row[i] = exp_of(row[i] - most);
       auto sums = Wide::zeros();
       for (int i = 0; i < kSlots; i += Wide::kLanes) sums = Wide::add_products(sums, Wide::load(row + i), Wide::all(1));
       sum[g] += Wide::total(sums);
@@ -90,13 +101,14 @@ struct Seen {
     for (int64_t h = 0; h < sizes.dim; h++) values[g * sizes.dim + h] *= factor;
   }
 
-  // Adds what other queries of the same head have seen, of other slots.
-  void add(Seen& other, const Sizes& sizes) {
+  // Adds what the same queries have seen of another part.
+  void add(Seen other, const Sizes& sizes) {
     for (int64_t g = 0; g < sizes.group; g++) {
-      if (other.largest[g] == kUnseen) continue;
       float most = std::max(largest[g], other.largest[g]);
-      rescale(g, exp_of(largest[g] - most), sizes);
-      other.rescale(g, exp_of(other.largest[g] - most), sizes);
+      if (most != kUnseen) {
+        rescale(g, exp_of(largest[g] - most), sizes);
+        other.rescale(g, exp_of(other.largest[g] - most), sizes);
+      }
       largest[g] = most;
       sum[g] += other.sum[g];
       for (int64_t i = g * sizes.dim; i < (g + 1) * sizes.dim; i++) values[i] += other.values[i];
@@ -134,20 +146,21 @@ INLINE void add_all_values(float* values, const float* weights, const Cache* val
 template <typename Cache>
 void attend(const float* query, const void* keys, const void* values, const bool* mask, int64_t begin, int64_t end,
             const Sizes& sizes, Seen seen) {
-  std::vector<float> scores(sizes.group * kSlots), scaled(query, query + sizes.group * sizes.dim);
-  for (float& x : scaled) x /= std::sqrt(static_cast<float>(sizes.dim));
   seen.clear(sizes);
+  const float scale = 1 / std::sqrt(static_cast<float>(sizes.dim));
+  for (int64_t i = 0; i < sizes.group * sizes.dim; i++) seen.query[i] = query[i] * scale;
   for (int64_t slot = begin; slot < end; slot += kSlots) {
     int64_t count = std::min<int64_t>(kSlots, end - slot);
     auto key = static_cast<const Cache*>(keys) + slot * sizes.dim;
-    multiply<Wide, Cache>(key, scaled.data(), scores.data(), Shape{sizes.group, sizes.dim, kSlots}, 0, count);
-    float hidden[kSlots];
-    for (int64_t i = 0; i < kSlots; i++) hidden[i] = i < count && mask[slot + i] ? 0 : kUnseen;
+    multiply<Wide, Cache>(key, seen.query, seen.scores, Shape{sizes.group, sizes.dim, kSlots}, 0, count);
+    int32_t is_seen[kSlots];
+    for (int64_t i = 0; i < kSlots; i++) is_seen[i] = i < count && mask[slot + i];
     for (int64_t g = 0; g < sizes.group; g++)
-      for (int64_t i = 0; i < kSlots; i++) scores[g * kSlots + i] += hidden[i];
-    seen.take(scores.data(), sizes);
+      for (int64_t i = 0; i < kSlots; i++)
+        seen.scores[g * kSlots + i] = is_seen[i] ? seen.scores[g * kSlots + i] : kUnseen;
+    seen.take_scores(sizes);
     auto value = static_cast<const Cache*>(values) + slot * sizes.dim;
-    add_all_values<8>(seen.values, scores.data(), value, sizes.group, count, sizes.dim);
+    add_all_values<8>(seen.values, seen.scores, value, sizes.group, count, sizes.dim);
   }
 }
 
@@ -155,40 +168,52 @@ using Heads = ffi::Buffer<ffi::F32, 3>;
 using Slots = ffi::Buffer<ffi::S32, 1>;
 using Mask = ffi::Buffer<ffi::PRED, 2>;
 
+// Whether the shapes and dtypes go together: query and y [B, N, H], key and value [B, K, C, H], begin and end [B], mask
+// [1 or B, S] with S at most C.
+bool go_together(Heads query, ffi::AnyBuffer key, ffi::AnyBuffer value, Slots begin, Slots end, Mask mask, Heads y) {
+  auto heads = query.dimensions(), cache = key.dimensions(), seen = mask.dimensions();
+  auto type = key.element_type();
+  if (cache.size() != 4 || cache[1] == 0 || value.dimensions() != cache || y.dimensions() != heads) return false;
+  return (type == ffi::F32 || type == ffi::BF16) && value.element_type() == type && heads[0] == cache[0] &&
+         heads[1] % cache[1] == 0 && heads[2] == cache[3] && cache[3] % Wide::kLanes == 0 &&
+         begin.dimensions()[0] == cache[0] && end.dimensions()[0] == cache[0] && seen[1] <= cache[2] &&
+         (seen[0] == 1 || seen[0] == cache[0]);
+}
+
 ffi::Error decode_attention(ffi::ThreadPool pool, Heads query, ffi::AnyBuffer key, ffi::AnyBuffer value, Slots begin,
                             Slots end, Mask mask, ffi::Result<Heads> y) {
-  auto cache = key.dimensions();
-  if (cache.size() != 4 || key.element_type() != value.element_type() || cache[3] % Wide::kLanes != 0)
-    return ffi::Error::InvalidArgument("decode_attention: keys and values are [B, K, C, H] of one dtype");
+  if (!go_together(query, key, value, begin, end, mask, *y))
+    return ffi::Error::InvalidArgument("decode_attention: shapes or dtypes that do not go together");
+  auto cache = key.dimensions(), seen_by = mask.dimensions();
+  const Sizes sizes{cache[0], cache[1], query.dimensions()[1] / cache[1], cache[2], seen_by[0], seen_by[1], cache[3]};
+  const int64_t heads = sizes.rows * sizes.kv_heads, queries = sizes.group * sizes.dim;
+  int64_t first = sizes.slots, last = 0;
+  for (int64_t row = 0; row < sizes.rows; row++) {
+    first = std::min<int64_t>(first, std::max(begin.typed_data()[row], 0));
+    last = std::max<int64_t>(last, std::min<int64_t>(end.typed_data()[row], sizes.slots));
+  }
+  first = std::min(first, last) / kPart;  // from here on of parts
+  const int64_t parts = std::max<int64_t>((last + kPart - 1) / kPart - first, 1);
+  auto memory = std::make_unique_for_overwrite<float[]>(heads * parts * Seen::size(sizes));
+  auto seen_of = [&](int64_t index) { return Seen(memory.get() + index * Seen::size(sizes), sizes); };
   auto attend_in = key.element_type() == ffi::F32 ? attend<float> : attend<bfloat16>;
-  const Sizes sizes{cache[1], query.dimensions()[1] / cache[1], cache[2], mask.dimensions()[1], cache[3]};
-  const int64_t heads = cache[0] * cache[1], mask_rows = mask.dimensions()[0];
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t most = std::max<int64_t>(sizes.slots / kSmallestPart, 1);
-  const int64_t splits = std::clamp<int64_t>(threads / std::max<int64_t>(heads, 1), 1, most);
-  std::vector<float> memory(heads * splits * Seen::size(sizes));
-  auto seen_of = [&](int64_t part) { return Seen(memory.data() + part * Seen::size(sizes), sizes); };
+  const int64_t head_bytes = sizes.capacity * sizes.dim * (key.element_type() == ffi::F32 ? 4 : 2);
 
-  in_parts(pool, heads * splits, [&](int64_t part) {
-    int64_t head = part / splits, split = part % splits, row = head / sizes.kv_heads;
-    int64_t first = std::max(begin.typed_data()[row], 0);
-    int64_t count = std::max<int64_t>(std::min<int64_t>(end.typed_data()[row], sizes.slots) - first, 0);
-    int64_t bytes = head * sizes.capacity * sizes.dim * (key.element_type() == ffi::F32 ? 4 : 2);
-    attend_in(query.typed_data() + head * sizes.group * sizes.dim, static_cast<const char*>(key.untyped_data()) + bytes,
-              static_cast<const char*>(value.untyped_data()) + bytes,
-              mask.typed_data() + row % mask_rows * sizes.slots, first + count * split / splits,
-              first + count * (split + 1) / splits, sizes, seen_of(part));
+  in_parts(pool, heads * parts, [&](int64_t index) {
+    int64_t head = index / parts, row = head / sizes.kv_heads, from = (first + index % parts) * kPart;
+    int64_t stop = std::min<int64_t>({from + kPart, end.typed_data()[row], sizes.slots});
+    attend_in(query.typed_data() + head * queries, static_cast<const char*>(key.untyped_data()) + head * head_bytes,
+              static_cast<const char*>(value.untyped_data()) + head * head_bytes,
+              mask.typed_data() + row % sizes.mask_rows * sizes.slots,
+              std::max<int64_t>(from, begin.typed_data()[row]), stop, sizes, seen_of(index));
   });
 
   for (int64_t head = 0; head < heads; head++) {
-    Seen seen = seen_of(head * splits);
-    for (int64_t split = 1; split < splits; split++) {
-      Seen other = seen_of(head * splits + split);
-      seen.add(other, sizes);
-    }
-    for (int64_t i = 0; i < sizes.group * sizes.dim; i++) {
+    Seen seen = seen_of(head * parts);
+    for (int64_t part = 1; part < parts; part++) seen.add(seen_of(head * parts + part), sizes);
+    for (int64_t i = 0; i < queries; i++) {
       float sum = seen.sum[i / sizes.dim];
-      y->typed_data()[head * sizes.group * sizes.dim + i] = sum == 0 ? 0 : seen.values[i] / sum;
+      y->typed_data()[head * queries + i] = sum == 0 ? 0 : seen.values[i] / sum;
     }
   }
   return ffi::Error::Success();

@@ -1,4 +1,4 @@
-// Products of a few rows with a weight, y [rows, out] = x [rows, in] weight [out, in]^T, as an XLA custom call for CPUs.
+// Products of a few rows with a weight, as an XLA custom call for CPUs: y [rows, out] = x [rows, in] weight [out, in]^T.
 //
 // At a few rows such a product is one pass over the weight, and memory is its limit. XLA's own products wait for memory
 // and then compute, because its code has no prefetch instructions: on 2 cores of a Zen 5, 24 weights of 4,864 x 896 in
@@ -30,29 +30,21 @@ Multiply choose(ffi::DataType x, ffi::DataType weight) {
 
 ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::ResultBuffer<ffi::F32> y) {
   auto sizes = weight.dimensions();
-  if (sizes.size() != 2 || x.dimensions().size() != 2 || x.dimensions()[1] != sizes[1])
-    return ffi::Error::InvalidArgument("few_rows: x is [rows, in] and the weight [out, in]");
-  Multiply multiply = choose(x.element_type(), weight.element_type());
-  if (multiply == nullptr) return ffi::Error::InvalidArgument("few_rows: no products of such dtypes");
+  if (sizes.size() != 2 || x.dimensions().size() != 2 || x.dimensions()[1] != sizes[1] ||
+      static_cast<int64_t>(y->element_count()) != x.dimensions()[0] * sizes[0])
+    return ffi::Error::InvalidArgument("few_rows: x is [rows, in], the weight [out, in] and the result [rows, out]");
+  Multiply product = choose(x.element_type(), weight.element_type());
+  if (product == nullptr) return ffi::Error::InvalidArgument("few_rows: no products of such dtypes");
   Shape shape{x.dimensions()[0], sizes[1], sizes[0]};
   int64_t most = std::max<int64_t>(weight.size_bytes() / kSmallestPart, 1);
-  int parts = std::clamp<int64_t>(pool.num_threads(), 1, most);
-  in_parts(pool, parts, [=, from = weight.untyped_data(), rows = x.untyped_data(), to = y->typed_data()](int part) {
-    multiply(from, rows, to, shape, shape.out * part / parts, shape.out * (part + 1) / parts);
+  int64_t parts = std::clamp<int64_t>(pool.num_threads(), 1, most);
+  in_parts(pool, parts, [=, from = weight.untyped_data(), rows = x.untyped_data(), to = y->typed_data()](int64_t part) {
+    product(from, rows, to, shape, shape.out * part / parts, shape.out * (part + 1) / parts);
   });
   return ffi::Error::Success();
 }
 
 }  // namespace
-
-// Whether this CPU has the instructions that this file was built for.
-extern "C" bool runs_here() {
-#ifdef __AVX512BF16__
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
-#else
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRows, few_rows,
                               ffi::Ffi::Bind()
