@@ -27,7 +27,7 @@ INLINE To bits_as(From from) {
   return to;
 }
 
-// e^x for x <= 0: 2^n e^r with n an integer and |r| <= ln(2) / 2, by Taylor's polynomial; 0 below -87. Off by 1e-7 of it.
+// e^x for x <= 0: 2^n e^r with n an integer and |r| <= ln(2) / 2, by Taylor's polynomial; 0 below -87. Off by 1e-7.
 INLINE float exp_of(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded, to an integer in its last bits
   float bounded = x < -87.0f ? -87.0f : x;
@@ -50,7 +50,8 @@ INLINE float largest_of(const float* row) {
   float most[Wide::kLanes];
   std::fill_n(most, Wide::kLanes, kUnseen);
   for (int i = 0; i < kSlots; i += Wide::kLanes)
-    for (int lane = 0; lane < Wide::kLanes; lane++) most[lane] = most[lane] < row[i + lane] ? row[i + lane] : most[lane];
+    for (int lane = 0; lane < Wide::kLanes; lane++)
+      most[lane] = most[lane] < row[i + lane] ? row[i + lane] : most[lane];
   return *std::max_element(most, most + Wide::kLanes);
 }
 

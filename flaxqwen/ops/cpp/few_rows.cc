@@ -1,4 +1,4 @@
-// Products of a few rows with a weight, as an XLA custom call for CPUs: y [rows, out] = x [rows, in] weight [out, in]^T.
+// Products of a few rows with a weight as an XLA custom call for CPUs: x [rows, in] weight [out, in]^T = y [rows, out].
 //
 // At a few rows such a product is one pass over the weight, and memory is its limit. XLA's own products wait for memory
 // and then compute, because its code has no prefetch instructions: on 2 cores of a Zen 5, 24 weights of 4,864 x 896 in
