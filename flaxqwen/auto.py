@@ -7,12 +7,11 @@ import difflib
 import os
 import sys
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.traverse_util
@@ -29,6 +28,7 @@ from flaxqwen.convert.names import is_classifier, to_name
 from flaxqwen.convert.quantize import SCALE, Scheme, quantized_shapes
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.hub import resolve_folder
+from flaxqwen.initialization import draw_params
 from flaxqwen.layout import TOWER
 from flaxqwen.loading import ShardReader
 from flaxqwen.lora.config import CONFIG_FILE, LoraConfig
@@ -366,63 +366,6 @@ def _init_params(module: nn.Module, input_ids: np.ndarray) -> Params:
     """What module.init draws. The key is made in here: outside, it would be a program of its own to compile."""
     params: Params = module.init(jax.random.key(0), input_ids)["params"]
     return params
-
-
-def draw_params(
-    shapes: Mapping[ParamPath, tuple[int, ...]],
-    config: PretrainedConfig,
-    seed: int,
-    dtype: DTypeLike,
-    sharding: Sharding | None = None,
-) -> Params:
-    """Random parameters of the given shapes, as `PreTrainedModel._init_weights` in transformers/modeling_utils.py.
-
-    Norms are one, biases zero, all else is normal with the config's initializer_range; the padding token's embedding is
-    zero. Each parameter has its own key, made from its path: a head has the same weights whatever is drawn beside it.
-
-    module.init draws alike, but in one program, which takes 20 s to compile at 24 layers; here each shape has one.
-    """
-    key, whole = jax.random.key(seed), cast(Any, config)
-    leaves: dict[ParamPath, jax.Array] = {}
-    for path, shape in shapes.items():
-        owner, leaf = path[-2:]
-        device = None if sharding is None else sharding.of_parameter(path, shape)
-        if leaf == "bias":
-            leaves[path] = jnp.zeros(shape, dtype, device=device)
-        elif owner.endswith("norm"):
-            leaves[path] = jnp.ones(shape, dtype, device=device)
-        else:
-            own = whole.audio_config if TOWER in path else whole.get_text_config()
-            stddev = own.initializer_range or 0.02
-            zero_row = own.pad_token_id if owner == "embed_tokens" else None
-            own_key = jax.random.fold_in(key, zlib.crc32(to_name(path).encode()))
-            end = path[-2:] if TOWER not in path else (TOWER, *path[-2:])  # one program for all layers
-            place = None if sharding is None else (end, sharding)
-            leaves[path] = _draw_normal(own_key, stddev, shape=shape, dtype=dtype, zero_row=zero_row, place=place)
-    return flax.traverse_util.unflatten_dict(leaves)
-
-
-@partial(jax.jit, static_argnames=("shape", "dtype", "zero_row", "place"))
-def _draw_normal(
-    key: jax.Array,
-    stddev: float,
-    *,
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
-    zero_row: int | None,
-    place: tuple[ParamPath, Sharding] | None,
-) -> jax.Array:
-    """place: on a mesh, the end of the parameter's path and the sharding; what is drawn has the checkpoint's shape."""
-    stored = shape if place is None else place[1].heads.stored_shape(place[0], shape)
-    # Drawn in float32: in bfloat16 there are 256 different values, and none beyond 2.7 standard deviations.
-    values = stddev * jax.random.normal(key, stored, jnp.float32)
-    values = (values if zero_row is None else values.at[zero_row].set(0)).astype(dtype)
-    if place is None:
-        return values
-    path, sharding = place
-    source = sharding.heads.source(path, stored)
-    laid = values if source is None else source.apply(values)
-    return jax.lax.with_sharding_constraint(laid, sharding.of_parameter(path, shape))
 
 
 def _load(

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ import pytest
 from scipy import stats
 
 import flaxqwen
-from flaxqwen import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2AudioConfig, Qwen2Config
+from flaxqwen import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen2AudioConfig,
+    Qwen2Config,
+    initialization,
+)
 from flaxqwen.auto import param_shapes
 from flaxqwen.convert import to_name, to_path
+from flaxqwen.sharding import Sharding, make_mesh
 from tests.conftest import find_shared
 from tests.reference import leaves_of, random_ids, tiny, torch
 
@@ -35,6 +44,28 @@ COUNTS = {
     "Qwen2.5-72B": 72_706_203_648,
     "cogito-v1-preview-qwen-14B": 14_765_947_904,  # a shorter vocabulary
 }
+
+
+def test_large_weights_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch):
+    """The same on a mesh; no part like another. The embedding of 0.5B takes a fifth of the memory of one piece."""
+    draw = partial(initialization._draw_normal, dtype=jnp.bfloat16, zero_row=3)
+    sizes = []
+    for most in (1 << 40, initialization.LARGEST_DRAW):
+        monkeypatch.setattr(initialization, "LARGEST_DRAW", most)
+        jax.clear_caches()
+        lowered = draw.func.lower(jax.random.key(0), 0.02, shape=(151936, 896), place=None, **draw.keywords)
+        sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    assert sizes[1] < sizes[0] / 3
+    assert [initialization._blocks_of(shape) for shape in ((151936, 896), (4864, 896), (151937, 896))] == [16, 1, 1]
+    monkeypatch.setattr(initialization, "LARGEST_DRAW", 1000)
+    sharding = Sharding.fit(make_mesh(devices=jax.devices()[:1]), Qwen2Config())
+    places = (None, (("mlp", "up_proj", "weight"), sharding))
+    alone, cut = (np.asarray(draw(jax.random.key(1), 0.5, shape=(60, 100), place=place)) for place in places)
+    assert np.array_equal(alone, cut)
+    assert not alone[3].any()
+    parts = np.delete(alone, 3, axis=0).astype(np.float64)
+    assert len(np.unique(parts, axis=0)) == 59
+    assert stats.kstest(parts.ravel(), "norm", (0, 0.5)).pvalue > 1e-3
 
 
 def test_random_weights_are_distributed_as_in_transformers():
