@@ -109,7 +109,7 @@ FLOORS = (
     ("cache", "ops.*", "layout", "sharding"),
     ("models.*", "audio"),
     ("generation.*", "lora.*", "training", "dataset", "native", "allocator"),
-    ("adapters", "model", "auto", "loading", "aot", "aot_training", "quantization"),
+    ("adapters", "model", "auto", "initialization", "loading", "aot", "aot_training", "quantization"),
     ("trainer", "batch", "parity", "parity_*", "cli", "cli.*", "demo.*"),
 )
 # Who may import torch or transformers, and only inside a function.
