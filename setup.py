@@ -11,8 +11,10 @@ FOLDER = Path("flaxqwen", "ops", "cpp")
 # Products and sums are fused where the code says so and nowhere else, so that no result depends on how a loop was
 # compiled; and a loop with a condition may be vectorised.
 OPTIONS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-g0", "-w")
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
 INSTRUCTIONS = {
-    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma"),
+    "amx": (*AVX512, "amx-tile", "amx-bf16", "amx-int8"),
+    "avx512": AVX512,
     "avx2": ("avx2", "fma"),
 }
 

@@ -23,7 +23,7 @@ HANDLERS = ("FewRows", "DecodeAttention")
 def _register() -> tuple[str, ...]:
     """Tell JAX of the libraries that were built and that run here; their instructions, the widest first."""
     found = []
-    for instructions in ("avx512", "avx2"):
+    for instructions in ("amx", "avx512", "avx2"):
         path = FOLDER / f"{instructions}{get_config_var('EXT_SUFFIX')}"
         try:
             library = ctypes.CDLL(str(path)) if path.exists() else None

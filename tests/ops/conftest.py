@@ -10,7 +10,7 @@ import pytest
 from flaxqwen.ops import cpu_kernels
 
 
-@pytest.fixture(params=["avx512", "avx2"])
+@pytest.fixture(params=["amx", "avx512", "avx2"])
 def kernels_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each of the instructions that kernels were built for and that run here, in programs of their own."""
     if request.param not in cpu_kernels.BUILT:

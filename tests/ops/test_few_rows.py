@@ -42,7 +42,7 @@ def test_the_build_makes_kernels():
     if shutil.which("g++") is None:
         pytest.skip("there is no compiler")
     flags = cpu_flags().split()  # where this fails: pip install -e ., with -v for the compiler's errors
-    needed = {"avx512": "avx512_bf16", "avx2": "avx2"}
+    needed = {"amx": "amx_tile", "avx512": "avx512_bf16", "avx2": "avx2"}
     assert list(cpu_kernels.BUILT) == [name for name, flag in needed.items() if flag in flags]
 
 
