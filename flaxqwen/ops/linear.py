@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 
 from flaxqwen.convert.quantize import SCALE
 from flaxqwen.ops.cpu import HAS_AMX, HAS_AVX512, contract_one_row, rows_of, tangent_of_product
-from flaxqwen.ops.few_rows import contract_few_rows, kernel_serves
 from flaxqwen.ops.lora import adapt_embedding, adapt_linear
+from flaxqwen.ops.products import contract_by_kernel, kernel_serves
 from flaxqwen.ops.quantized import contract_quantized
 from flaxqwen.sharding import Sharding, constrain
 
@@ -58,7 +58,7 @@ def _contract(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _contract_by_kernel(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return contract_few_rows(x, weight).astype(x.dtype)
+    return contract_by_kernel(x, weight, x.dtype)
 
 
 def _contract_few_rows_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -153,7 +153,7 @@ void attend(const float* query, const void* keys, const void* values, const bool
   for (int64_t slot = begin; slot < end; slot += kSlots) {
     int64_t count = std::min<int64_t>(kSlots, end - slot);
     auto key = static_cast<const Cache*>(keys) + slot * sizes.dim;
-    multiply<Wide, Cache>(key, seen.query, seen.scores, Shape{sizes.group, sizes.dim, kSlots}, 0, count);
+    multiply<Wide, Cache, float>(key, seen.query, seen.scores, Shape{sizes.group, sizes.dim, kSlots}, 0, count);
     int32_t is_seen[kSlots];
     for (int64_t i = 0; i < kSlots; i++) is_seen[i] = i < count && mask[slot + i];
     for (int64_t g = 0; g < sizes.group; g++)

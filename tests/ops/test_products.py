@@ -1,4 +1,4 @@
-"""The kernel for few rows on a CPU, against numpy in float64: values, derivatives, where it is used and where not."""
+"""The kernel for products on a CPU, against numpy in float64: values, derivatives, where it is used and where not."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from flaxqwen import Qwen2Config, Qwen2ForCausalLM
 from flaxqwen.cache import init_cache
 from flaxqwen.ops import cpu_kernels
 from flaxqwen.ops.cpu import cpu_flags
-from flaxqwen.ops.few_rows import KERNEL_ROWS, contract_few_rows, kernel_serves
 from flaxqwen.ops.linear import Linear, contract
+from flaxqwen.ops.products import FLOAT32_ROWS, KERNEL_ROWS, TILE_ROWS, contract_by_kernel, kernel_serves
 from flaxqwen.quantization import quantize_weight
 from flaxqwen.sharding import Sharding, make_mesh
 from tests.reference import close
 
-BFLOAT16, INT8 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.int8)
-DTYPES = [(BFLOAT16, BFLOAT16), (BFLOAT16, INT8), (np.dtype(np.float32), INT8)]
+FLOAT32, BFLOAT16, INT8 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.int8)
+DTYPES = [(FLOAT32, FLOAT32), (FLOAT32, INT8), (BFLOAT16, BFLOAT16), (BFLOAT16, INT8)]
 
 built = pytest.mark.skipif(not cpu_kernels.BUILT, reason="the build made no kernels for this CPU")
 
@@ -38,7 +38,7 @@ def drawn(rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike) ->
 
 
 def test_the_build_makes_kernels():
-    """For both sets of instructions; of those that this CPU has, the wider come first."""
+    """For each set of instructions; of those that this CPU has, the best come first."""
     if shutil.which("g++") is None:
         pytest.skip("there is no compiler")
     flags = cpu_flags().split()  # where this fails: pip install -e ., with -v for the compiler's errors
@@ -50,12 +50,12 @@ def test_the_build_makes_kernels():
 @pytest.mark.parametrize("size", [(1, 1), (5, 31), (7, 128), (64, 200), (129, 896), (300, 4864)], ids=str)
 @pytest.mark.usefixtures("kernels_for")
 def test_products(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], size: tuple[int, int]):
-    """Of every number of rows, to float32's rounding: 1e-6 of the sum of the products' magnitudes."""
+    """Of any number of rows, to float32's rounding: 1e-6 of the sum of the products' magnitudes."""
     out, width = size
     weight = drawn(rng, size, dtypes[1])
-    for rows in (*range(1, 10), KERNEL_ROWS - 1, KERNEL_ROWS):
+    for rows in (*range(1, 10), 15, 16, 17, 33, 64, 130):
         x = drawn(rng, (rows, width), dtypes[0])
-        y = jax.jit(contract_few_rows)(x, weight)
+        y = jax.jit(contract_by_kernel)(x, weight)
         assert y.shape == (rows, out)
         assert y.dtype == jnp.float32
         wide = x.astype(np.float64), weight.astype(np.float64).T
@@ -63,31 +63,64 @@ def test_products(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], s
         assert (np.abs(np.asarray(y, np.float64) - wide[0] @ wide[1]) <= bound).all()
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (37, 129), (100, 896)], ids=str)
 @pytest.mark.usefixtures("kernels_for")
-def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype]):
-    """To the last bit: alone, and in batches of every size."""
-    x, weight = drawn(rng, (KERNEL_ROWS, 1003), dtypes[0]), drawn(rng, (151, 1003), dtypes[1])
-    whole = np.asarray(jax.jit(contract_few_rows)(x, weight))
-    for rows in range(1, KERNEL_ROWS):
-        np.testing.assert_array_equal(jax.jit(contract_few_rows)(x[-rows:], weight), whole[-rows:])
+def test_rounded_results(rng: np.random.Generator, size: tuple[int, int]):
+    """Of bfloat16 they are those of float32, to the nearest, as XLA rounds them; infinities and NaN, too."""
+    weight = drawn(rng, size, BFLOAT16)
+    for rows in (1, 3, 8, 40):
+        x = drawn(rng, (rows, size[1]), BFLOAT16)
+        x[-1, -1] = (np.nan, np.inf, 3e38, 1e-20)[rows % 4]
+        wide, narrow = (jax.jit(contract_by_kernel, static_argnums=2)(x, weight, t) for t in (FLOAT32, BFLOAT16))
+        assert narrow.dtype == jnp.bfloat16
+        found, expected = (np.asarray(y, np.float32) for y in (narrow, wide.astype(jnp.bfloat16)))
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1003, 896])
+@pytest.mark.usefixtures("kernels_for")
+def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], width: int):
+    """To the last bit: alone, and in batches of many sizes."""
+    x, weight = drawn(rng, (100, width), dtypes[0]), drawn(rng, (151, width), dtypes[1])
+    whole = np.asarray(jax.jit(contract_by_kernel)(x, weight))
+    for rows in (*range(1, 18), 31, 40, 64, 65):
+        np.testing.assert_array_equal(jax.jit(contract_by_kernel)(x[-rows:], weight), whole[-rows:])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.usefixtures("kernels_for")
+def test_rows_of_any_size_with_weights_of_int8(rng: np.random.Generator, dtype: np.dtype):
+    """Of numbers that are tiny, huge, zero or far apart, to 1e-6 of the largest; all of int8's weights."""
+    weight = np.tile(np.arange(-128, 128, dtype=np.int8), (3, 2))
+    weight[1] = rng.permutation(weight[1])
+    weight[2] = -128
+    x = drawn(rng, (7, 512), dtype)
+    x *= np.array([1e-34, 1e-30, 1, 1e30, 3e32, 0, 1], dtype)[:, None]
+    x[6] *= np.float32(10) ** rng.integers(-20, 1, 512)
+    y = np.asarray(jax.jit(contract_by_kernel)(x, weight), np.float64)
+    wide = x.astype(np.float64), weight.astype(np.float64).T
+    assert (np.abs(y - wide[0] @ wide[1]) <= 1e-6 * np.abs(wide[0]).max(1, keepdims=True) * 128 * 512).all()
+    assert (y[5] == 0).all()
 
 
 @pytest.mark.usefixtures("kernels_for")
 def test_what_is_not_finite_stays_so(rng: np.random.Generator):
     x, weight = drawn(rng, (3, 64), BFLOAT16), drawn(rng, (9, 64), BFLOAT16)
     x[0, 3], x[1, 60] = np.nan, np.inf
-    y = np.asarray(jax.jit(contract_few_rows)(x, np.abs(weight)))
+    y = np.asarray(jax.jit(contract_by_kernel)(x, np.abs(weight)))
     assert np.isnan(y[0]).all()
     assert (y[1] == np.inf).all()
     assert np.isfinite(y[2]).all()
+    integers = np.asarray(jax.jit(contract_by_kernel)(x, drawn(rng, (9, 64), INT8)))
+    assert np.isfinite(integers).tolist() == [[False] * 9, [False] * 9, [True] * 9]
 
 
 @pytest.mark.usefixtures("kernels_for")
 def test_from_many_threads(rng: np.random.Generator):
     """16 calls at a time: each gives its own result, and none waits for another forever."""
     xs, weight = drawn(rng, (64, 3, 256), BFLOAT16), drawn(rng, (4096, 256), BFLOAT16)
-    product = jax.jit(contract_few_rows)
+    product = jax.jit(contract_by_kernel)
     wanted = [np.asarray(product(x, weight)) for x in xs]
     with ThreadPoolExecutor(16) as pool:
         for _ in range(5):
@@ -104,13 +137,13 @@ def test_derivatives(rng: np.random.Generator):
     of_x, of_weight = wide[2] @ wide[1], np.einsum("abo,abi->oi", wide[2], wide[0])
 
     def loss(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.vdot(contract_few_rows(x, weight), dy)
+        return jnp.vdot(contract_by_kernel(x, weight), dy)
 
     for argnums in ((0, 1), (0,), (1,)):
         found = jax.jit(jax.grad(loss, argnums))(x, weight)
         for gradient, argument in zip(found, argnums, strict=True):
             close(gradient.astype(jnp.float32), (of_x, of_weight)[argument], 4e-3)  # rounded to bfloat16
-    _, tangent = jax.jit(partial(jax.jvp, contract_few_rows))((x, weight), (2 * x, weight))
+    _, tangent = jax.jit(partial(jax.jvp, contract_by_kernel))((x, weight), (2 * x, weight))
     close(tangent, 3 * (wide[0] @ wide[1].T), 1e-5)
     integers = drawn(rng, (32, 48), INT8)
     close(jax.jit(jax.grad(loss))(x.astype(np.float32), integers), wide[2] @ integers.astype(np.float64), 1e-5)
@@ -139,7 +172,7 @@ def test_mapped(rng: np.random.Generator):
     xs, weights = drawn(rng, (4, 2, 48), BFLOAT16), drawn(rng, (4, 32, 48), BFLOAT16)
     for axes in ((0, None), (0, 0), (None, 0)):
         x, weight = xs if axes[0] == 0 else xs[0], weights if axes[1] == 0 else weights[0]
-        found = jax.jit(jax.vmap(contract_few_rows, axes))(x, weight)
+        found = jax.jit(jax.vmap(contract_by_kernel, axes))(x, weight)
         wide = x.astype(np.float64), weight.astype(np.float64).swapaxes(-1, -2)
         close(found, wide[0] @ wide[1], 1e-5)
 
@@ -148,18 +181,23 @@ def calls(module: nn.Module, *arguments: jax.Array, **named: object) -> int:
     """How many calls of the kernel a module's program has."""
     params = jax.eval_shape(module.init, jax.random.key(0), *arguments)
     text = jax.jit(module.apply).lower(params, *arguments, **named).compile().as_text()
-    return text.count(f'custom_call_target="{cpu_kernels.target("FewRows", cpu_kernels.INSTRUCTIONS)}"')
+    return text.count(f'custom_call_target="{cpu_kernels.target("Products", cpu_kernels.INSTRUCTIONS)}"')
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.usefixtures("kernels_for")
-def test_every_product_of_a_step(tied: bool):
-    """Of as many rows as it is faster for, in bfloat16 and in no other dtype."""
+def test_every_product_of_a_step(tied: bool, kernels_for: str):
+    """Of as many rows as it is faster for."""
     config = Qwen2Config(
-        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
-    for dtype, rows, products in ((jnp.bfloat16, 1, 15), (jnp.bfloat16, 16, 15), (jnp.bfloat16, 17, 0), (None, 2, 0)):
+    most = {jnp.bfloat16: TILE_ROWS if kernels_for == "amx" else KERNEL_ROWS, None: FLOAT32_ROWS}
+    cases = [
+        (dtype, rows, products)
+        for dtype in most
+        for rows, products in ((1, 15), (most[dtype], 15), (most[dtype] + 1, 0))
+    ]
+    for dtype, rows, products in cases:
         module = Qwen2ForCausalLM(config, dtype=dtype, param_dtype=dtype or jnp.float32)
         cache = init_cache(config, rows, 64, jnp.bfloat16)
         assert calls(module, jnp.ones((rows, 1), jnp.int32), past_key_values=cache) == products
@@ -192,8 +230,7 @@ def test_quantized_weights(rng: np.random.Generator):
     close(found.astype(jnp.float32), x.astype(np.float64) @ wide.T, 4e-3)  # rounded to bfloat16
 
 
-@built
-def test_what_it_does_not_serve():
+def test_what_it_does_not_serve(kernels_for: str):
     """Weights that would have to be converted first, other dtypes, and more rows."""
     x, weight = jnp.ones((4, 64), jnp.bfloat16), jnp.ones((8, 64), jnp.bfloat16)
     assert kernel_serves(x, weight)
@@ -202,8 +239,15 @@ def test_what_it_does_not_serve():
     assert not kernel_serves(x.astype(jnp.float32), weight)
     assert not kernel_serves(x.astype(jnp.float16), weight.astype(jnp.int8))
     assert not kernel_serves(x, weight[:, :60])  # which XLA refuses by name
-    for rows in (0, KERNEL_ROWS + 1):
-        assert not kernel_serves(jnp.ones((rows, 64), jnp.bfloat16), weight)
+    most = {jnp.float32: FLOAT32_ROWS}
+    if kernels_for == "amx":
+        most |= {jnp.bfloat16: TILE_ROWS, jnp.int8: TILE_ROWS}
+    for weights in (jnp.float32, jnp.bfloat16, jnp.int8):
+        many = jnp.ones((200, 64), jnp.float32 if weights == jnp.float32 else jnp.bfloat16)
+        served = [rows for rows in range(201) if kernel_serves(many[:rows], weight.astype(weights))]
+        assert served == list(range(1, most.get(weights, KERNEL_ROWS) + 1))
+    for width, weights in ((16, jnp.bfloat16), (32, jnp.int8)):  # half of a tile's row
+        assert not kernel_serves(jnp.ones((17, width), jnp.bfloat16), jnp.ones((8, width), weights))
 
 
 @built
@@ -226,7 +270,7 @@ def test_libraries_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path
             assert cpu_kernels._register() == ()
 
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_kernels, "HANDLERS", ("FewRows", "Missing"))
+        patch.setattr(cpu_kernels, "HANDLERS", ("Products", "Missing"))
         refused("undefined symbol: Missing")
     with monkeypatch.context() as patch:
         header = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
