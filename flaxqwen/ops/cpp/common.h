@@ -1,6 +1,6 @@
 // What the kernels share: vectors, products of few rows, and work on several threads.
 //
-// setup.py builds all once for CPUs with AVX-512 and its bfloat16 instructions, and once for those with AVX2.
+// setup.py builds all for CPUs with AVX2, for those with AVX-512 and its bfloat16, and for those with AMX beside them.
 
 #pragma once
 
