@@ -15,7 +15,8 @@ from flaxqwen.ops.cpu import rows_of, tangent_of_product
 # Up to so many rows it is faster than XLA's products. 24 weights of 4,864 x 896 in bfloat16 on 2 cores of a Zen 5: 16
 # rows take it 5 to 10 ms and XLA 11 to 12; 32 rows 16 to 20 and XLA 15.
 KERNEL_ROWS = 16
-# The same of float32. With AMX, 8 rows take 0.81 to 0.86 ms a weight and XLA 0.93 to 1.11; 16 take 1.5, and XLA 1.2.
+# The same of float32, from 2 rows on. With AMX, 8 rows take 0.81 to 0.86 ms a weight and XLA 0.93 to 1.11; 16 take 1.5,
+# and XLA 1.2. A step of one row takes 113 ms, and XLA 106, where memory reads 25 GB/s.
 FLOAT32_ROWS = 8
 # The same by AMX, whose tiles have rows of so many bytes. 64 rows of bfloat16 take 0.64 and 0.84 ms a weight (of 896 x
 # 4,864) and XLA 0.83 and 0.80, of int8 0.73 and 1.1, and XLA 1.7 and 2.1; 1,024 tokens in int8 2.1 s, and XLA 1.4.
@@ -33,12 +34,12 @@ def kernel_serves(x: jax.Array, weight: jax.Array) -> bool:
     """Whether contract_by_kernel takes x [..., in] and weight [out, in] as they are, and is the fastest on a CPU."""
     if not cpu_kernels.serve() or x.shape[-1] != weight.shape[1] or (x.dtype, weight.dtype) not in DTYPES:
         return False
-    most = KERNEL_ROWS
+    least, most = 1, KERNEL_ROWS
     if weight.dtype == jnp.float32:
-        most = FLOAT32_ROWS
+        least, most = 2, FLOAT32_ROWS
     elif cpu_kernels.INSTRUCTIONS == "amx" and weight.shape[1] * weight.dtype.itemsize % TILE_BYTES == 0:
         most = TILE_ROWS
-    return 1 <= rows_of(x) <= most
+    return least <= rows_of(x) <= most
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -68,7 +68,7 @@ def test_products(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], s
 def test_rounded_results(rng: np.random.Generator, size: tuple[int, int]):
     """Of bfloat16 they are those of float32, to the nearest, as XLA rounds them; infinities and NaN, too."""
     weight = drawn(rng, size, BFLOAT16)
-    for rows in (1, 3, 8, 40):
+    for rows in (1, 2, 3, 8, 41, 42):
         x = drawn(rng, (rows, size[1]), BFLOAT16)
         x[-1, -1] = (np.nan, np.inf, 3e38, 1e-20)[rows % 4]
         wide, narrow = (jax.jit(contract_by_kernel, static_argnums=2)(x, weight, t) for t in (FLOAT32, BFLOAT16))
@@ -86,6 +86,18 @@ def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator, dtypes: t
     whole = np.asarray(jax.jit(contract_by_kernel)(x, weight))
     for rows in (*range(1, 18), 31, 40, 64, 65):
         np.testing.assert_array_equal(jax.jit(contract_by_kernel)(x[-rows:], weight), whole[-rows:])
+
+
+@pytest.mark.parametrize("kernels_for", ["amx"], indirect=True)
+@pytest.mark.parametrize("rows", [1, 3, 9, 17])
+@pytest.mark.usefixtures("kernels_for")
+def test_sums_of_integers_are_exact(rng: np.random.Generator, rows: int):
+    """By AMX: rounded once, from integers of 24 bits times all of int8's. Rows differ in their powers of two."""
+    weight = rng.integers(-128, 128, (41, 448)).astype(np.int8)
+    x = rng.integers(-(2**24) + 1, 2**24, (rows, 448))
+    power = np.float32(2) ** rng.integers(-60, 40, (rows, 1))
+    found = jax.jit(contract_by_kernel)(x.astype(np.float32) * power, weight)
+    np.testing.assert_array_equal(found, (x @ weight.T.astype(np.int64)).astype(np.float32) * power)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
@@ -112,8 +124,9 @@ def test_what_is_not_finite_stays_so(rng: np.random.Generator):
     assert np.isnan(y[0]).all()
     assert (y[1] == np.inf).all()
     assert np.isfinite(y[2]).all()
-    integers = np.asarray(jax.jit(contract_by_kernel)(x, drawn(rng, (9, 64), INT8)))
-    assert np.isfinite(integers).tolist() == [[False] * 9, [False] * 9, [True] * 9]
+    for each in (x, x.astype(np.float32)):
+        integers = np.asarray(jax.jit(contract_by_kernel)(each, drawn(rng, (9, 64), INT8)))
+        assert np.isfinite(integers).tolist() == [[False] * 9, [False] * 9, [True] * 9]
 
 
 @pytest.mark.usefixtures("kernels_for")
@@ -191,11 +204,12 @@ def test_every_product_of_a_step(tied: bool, kernels_for: str):
         vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
-    most = {jnp.bfloat16: TILE_ROWS if kernels_for == "amx" else KERNEL_ROWS, None: FLOAT32_ROWS}
+    served = {jnp.bfloat16: (1, TILE_ROWS if kernels_for == "amx" else KERNEL_ROWS), None: (2, FLOAT32_ROWS)}
     cases = [
         (dtype, rows, products)
-        for dtype in most
-        for rows, products in ((1, 15), (most[dtype], 15), (most[dtype] + 1, 0))
+        for dtype, (least, most) in served.items()
+        for rows, products in ((least - 1, 0), (least, 15), (most, 15), (most + 1, 0))
+        if rows > 0
     ]
     for dtype, rows, products in cases:
         module = Qwen2ForCausalLM(config, dtype=dtype, param_dtype=dtype or jnp.float32)
@@ -239,13 +253,12 @@ def test_what_it_does_not_serve(kernels_for: str):
     assert not kernel_serves(x.astype(jnp.float32), weight)
     assert not kernel_serves(x.astype(jnp.float16), weight.astype(jnp.int8))
     assert not kernel_serves(x, weight[:, :60])  # which XLA refuses by name
-    most = {jnp.float32: FLOAT32_ROWS}
-    if kernels_for == "amx":
-        most |= {jnp.bfloat16: TILE_ROWS, jnp.int8: TILE_ROWS}
-    for weights in (jnp.float32, jnp.bfloat16, jnp.int8):
+    most = TILE_ROWS if kernels_for == "amx" else KERNEL_ROWS
+    rows = {jnp.float32: range(2, FLOAT32_ROWS + 1), jnp.bfloat16: range(1, most + 1), jnp.int8: range(1, most + 1)}
+    for weights, expected in rows.items():
         many = jnp.ones((200, 64), jnp.float32 if weights == jnp.float32 else jnp.bfloat16)
         served = [rows for rows in range(201) if kernel_serves(many[:rows], weight.astype(weights))]
-        assert served == list(range(1, most.get(weights, KERNEL_ROWS) + 1))
+        assert served == list(expected)
     for width, weights in ((16, jnp.bfloat16), (32, jnp.int8)):  # half of a tile's row
         assert not kernel_serves(jnp.ones((17, width), jnp.bfloat16), jnp.ones((8, width), weights))
 

@@ -21,13 +21,6 @@ namespace ffi = xla::ffi;
 // How far ahead of its use memory is asked for, in bytes: 6 to 16 KB are alike, 4 KB takes 10% longer (Zen 5).
 constexpr int kAhead = 8192;
 constexpr int kCacheLine = 64;
-// Whether memory is asked for at one row, too. A CPU with AMX fetches two rows of the weight beside each other ahead by
-// itself: float32 is read at 30 GB/s so, at 27 where it is asked for.
-#ifdef __AMX_TILE__
-constexpr bool kAsksAtOneRow = false;
-#else
-constexpr bool kAsksAtOneRow = true;
-#endif
 // How often a thread that is done looks whether the others are, some 0.5 ms, before it sleeps: to be woken takes longer
 // than most of them have left (8 rows, Zen 5: 15% of a product).
 constexpr int kTurns = 20000;
@@ -71,7 +64,7 @@ struct Wide {
   using Element = float;
   using Vector = __m512;
   using Sums = __m512;
-  static constexpr int kLanes = 16, kOutputs = 2, kOutputsOfOneRow = kAsksAtOneRow ? 1 : 2;
+  static constexpr int kLanes = 16, kOutputs = 2, kOutputsOfOneRow = 1;
 
   static INLINE Vector load(const float* p) { return _mm512_loadu_ps(p); }
   static INLINE Vector load(const bfloat16* p) {
@@ -143,7 +136,7 @@ INLINE void multiply_block(const Weight* weight, const typename Products::Elemen
   int64_t i = 0;
   for (; i + step <= in; i += step) {
 #pragma GCC unroll 8
-    for (int o = 0; o < (rows > 1 || kAsksAtOneRow ? outputs : 0); o++)
+    for (int o = 0; o < outputs; o++)
 #pragma GCC unroll 8
       for (int byte = 0; byte < step * int{sizeof(Weight)}; byte += kCacheLine)
         __builtin_prefetch(as<char>(weight + o * in + i) + kAhead + byte);

@@ -35,10 +35,15 @@ Multiply choose(ffi::DataType x, ffi::DataType weight, ffi::DataType y) {
   return nullptr;
 }
 
+// How many parts to make of a work of this size; 1 at least, whatever the pool says.
+int64_t parts_of(ffi::ThreadPool& pool, int64_t size, int64_t smallest) {
+  return std::clamp<int64_t>(pool.num_threads(), 1, std::max<int64_t>(size / smallest, 1));
+}
+
 // Calls product(begin, end) for all outputs, in parts that begin at a multiple of 16, as tiles do.
 template <typename Product>
 void share_out(ffi::ThreadPool& pool, Shape shape, int64_t weight_bytes, Product product) {
-  int64_t parts = std::clamp<int64_t>(pool.num_threads(), 1, std::max<int64_t>(weight_bytes / kSmallestPart, 1));
+  const int64_t parts = parts_of(pool, weight_bytes, kSmallestPart);
   auto edge = [=](int64_t part) { return part == parts ? shape.out : shape.out * part / parts & -16; };
   in_parts(pool, parts, [=](int64_t part) { product(edge(part), edge(part + 1)); });
 }
@@ -56,7 +61,7 @@ bool multiply_in_tiles(ffi::ThreadPool& pool, const void* weight_data, const voi
   for (int64_t row = 0; row < shape.rows; row += most) {
     const int64_t rows = std::min(most, shape.rows - row);
     const Rows tiles(x + row * shape.in, Shape{rows, shape.in, shape.out});
-    const int64_t fills = std::clamp<int64_t>(rows * shape.in / kSmallestFill, 1, pool.num_threads());
+    const int64_t fills = parts_of(pool, rows * shape.in, kSmallestFill);
     in_parts(pool, fills, [&tiles, fills](int64_t part) {
       tiles.fill(tiles.steps() * part / fills, tiles.steps() * (part + 1) / fills);
     });

@@ -20,10 +20,11 @@ constexpr int kDigits = 4;
 // One line of memory of so many is asked for ahead, and the CPU itself then fetches the others. To ask for all takes
 // 10% longer, for none 2% (a single row of bfloat16, Granite Rapids).
 constexpr int kLinesAhead = 8;
-// The most bytes of x at a time: with 32 rows of the weight they stay in a core's cache of 2 MB.
+// The most bytes of x at a time, or 2 blocks of columns: with 32 rows of the weight, up to some 10,000 wide, they stay in
+// a core's cache of 2 MB.
 constexpr int64_t kMostBytes = 5 << 18;
 
-// What _tile_loadconfig reads. Tiles 0 to 3 are sums, 4 and 5 of the weight, 6 of x.
+// What ldtilecfg reads. Tiles 0 to 3 are sums, 4 and 5 of the weight, 6 of x.
 struct TileSizes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -39,9 +40,13 @@ struct TileSizes {
     rows[tile] = static_cast<uint8_t>(count);
     row_bytes[tile] = static_cast<uint16_t>(bytes);
   }
-};
 
-// A tile row that began elsewhere would lie in two lines: loading it takes twice as long.
+  // Not _tile_loadconfig: that of GCC 12 does not say that it reads all 64 bytes, and writing them may be left out.
+  void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
+};
+static_assert(sizeof(TileSizes) == 64);
+
+// A whole row of a tile that began elsewhere would lie in two lines: loading it takes twice as long.
 struct alignas(kTileBytes) Line {
   uint32_t words[kTile];
 };
@@ -73,7 +78,10 @@ class Tiles {
   static constexpr int64_t kColumnsOfRow = kIsInteger ? kDigits : 1, kRowsOfBlock = kTile / kColumnsOfRow;
   using Sum = std::conditional_t<kIsInteger, int32_t, float>;
 
-  static bool take(int64_t in) { return in > 0 && in * sizeof(Weight) % kTileBytes == 0; }
+  // Widths of whole tiles, and such that sums of digits fit int32, and their total float64.
+  static bool take(int64_t in) {
+    return in > 0 && in * sizeof(Weight) % kTileBytes == 0 && (!kIsInteger || in <= 1 << 16);
+  }
 
   // How many rows of x to take at a time, at most.
   static int64_t most_rows(int64_t in) {
@@ -102,7 +110,7 @@ class Tiles {
     const int64_t elements = kTileBytes / sizeof(Weight);
     for (int64_t block = 0; block < chunks_ * blocks_; block++) {
       const int64_t first = block * rows_, count = std::min(rows_, shape_.rows - first);
-      uint32_t* words = lines_[0].words + block / blocks_ * chunk_words() + block % blocks_ * kTile * columns_;
+      uint32_t* words = chunk_at(block / blocks_) + block % blocks_ * kTile * columns_;
       for (int64_t step = begin; step < end; step++) {
         uint32_t* to = words + step * blocks_ * kTile * columns_;
         const Element* from = x_ + first * shape_.in + step * elements;
@@ -116,8 +124,7 @@ class Tiles {
   template <typename Result>
   void multiply(const Weight* weight, Result* y, int64_t begin, int64_t end) const {
     for (int64_t left; (left = end - begin) > 0;) {
-      TileSizes sizes(std::min<int64_t>(left, kTile), columns_);
-      _tile_loadconfig(&sizes);
+      TileSizes(std::min<int64_t>(left, kTile), columns_).load();
       do {
         const int64_t outputs = left >= 2 * kTile ? 2 * kTile : std::min<int64_t>(left, kTile);
         auto product = blocks_ == 2 ? outputs > kTile ? &Tiles::multiply_tiles<2, 2, Result>
@@ -134,6 +141,7 @@ class Tiles {
 
  private:
   int64_t chunk_words() const { return steps_ * blocks_ * kTile * columns_; }
+  uint32_t* chunk_at(int64_t chunk) const { return reinterpret_cast<uint32_t*>(lines_.get()) + chunk * chunk_words(); }
 
   // Such that the largest element of a row is under 2^30 of it; NaN where one is not finite.
   double unit_of(const Element* x) const {
@@ -168,7 +176,7 @@ class Tiles {
   template <int blocks, int high, typename Result>
   void multiply_tiles(const char* weight, Result* y, int64_t outputs, int64_t chunk) const {
     const int64_t row_bytes = shape_.in * sizeof(Weight), stride = 4 * columns_;
-    auto x = as<char>(lines_[0].words + chunk * chunk_words());
+    auto x = as<char>(chunk_at(chunk));
     // The rows that come next, in the order in which they lie.
     const char* ahead = weight + high * kTile * row_bytes + chunk % kLinesAhead * kTileBytes;
     _tile_zero(0);
