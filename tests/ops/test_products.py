@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -149,11 +150,11 @@ def test_derivatives(rng: np.random.Generator):
     wide = [array.astype(np.float64) for array in (x, weight, dy)]
     of_x, of_weight = wide[2] @ wide[1], np.einsum("abo,abi->oi", wide[2], wide[0])
 
-    def loss(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.vdot(contract_by_kernel(x, weight), dy)
+    def loss(x: jax.Array, weight: jax.Array, dtype: DTypeLike = FLOAT32) -> jax.Array:
+        return jnp.vdot(contract_by_kernel(x, weight, dtype).astype(jnp.float32), dy)
 
-    for argnums in ((0, 1), (0,), (1,)):
-        found = jax.jit(jax.grad(loss, argnums))(x, weight)
+    for argnums, dtype in itertools.product(((0, 1), (0,), (1,)), (FLOAT32, BFLOAT16)):
+        found = jax.jit(jax.grad(partial(loss, dtype=dtype), argnums))(x, weight)
         for gradient, argument in zip(found, argnums, strict=True):
             close(gradient.astype(jnp.float32), (of_x, of_weight)[argument], 4e-3)  # rounded to bfloat16
     _, tangent = jax.jit(partial(jax.jvp, contract_by_kernel))((x, weight), (2 * x, weight))

@@ -31,20 +31,21 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+template <typename To, typename From>
+INLINE To bits_as(From from) {
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(int8_t x) { return x; }
-INLINE float to_float(bfloat16 x) {
-  uint32_t bits = uint32_t{x.bits} << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
+INLINE float to_float(bfloat16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
 
 // The nearest, halves to even; NaN stays NaN.
 INLINE void round_to(float* to, float x) { *to = x; }
 INLINE void round_to(bfloat16* to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  auto bits = bits_as<uint32_t>(x);
   to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 

@@ -20,13 +20,6 @@ constexpr int kSlots = 64;
 constexpr int64_t kPart = 512;
 constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
-template <typename To, typename From>
-INLINE To bits_as(From from) {
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
 // e^x for x <= 0: 2^n e^r with n an integer and |r| <= ln(2) / 2, by Taylor's polynomial; 0 below -87. Off by 1e-7.
 INLINE float exp_of(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded, to an integer in its last bits

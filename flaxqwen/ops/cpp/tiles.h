@@ -20,8 +20,8 @@ constexpr int kDigits = 4;
 // One line of memory of so many is asked for ahead, and the CPU itself then fetches the others. To ask for all takes
 // 10% longer, for none 2% (a single row of bfloat16, Granite Rapids).
 constexpr int kLinesAhead = 8;
-// The most bytes of x at a time, or 2 blocks of columns: with 32 rows of the weight, up to some 10,000 wide, they stay in
-// a core's cache of 2 MB.
+// The most bytes of x at a time, or 2 blocks of columns: with 32 rows of the weight, up to some 10,000 wide, they stay
+// in a core's cache of 2 MB.
 constexpr int64_t kMostBytes = 5 << 18;
 
 // What ldtilecfg reads. Tiles 0 to 3 are sums, 4 and 5 of the weight, 6 of x.
@@ -50,13 +50,6 @@ static_assert(sizeof(TileSizes) == 64);
 struct alignas(kTileBytes) Line {
   uint32_t words[kTile];
 };
-
-INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-INLINE uint32_t bits_of(bfloat16 x) { return uint32_t{x.bits} << 16; }
 
 // 4 numbers as float32.
 INLINE __m128 load_four(const float* p) { return _mm_loadu_ps(p); }
@@ -146,7 +139,8 @@ class Tiles {
   // Such that the largest element of a row is under 2^30 of it; NaN where one is not finite.
   double unit_of(const Element* x) const {
     uint32_t largest = 0;
-    for (int64_t i = 0; i < shape_.in; i++) largest = std::max(largest, bits_of(x[i]) & 0x7fffffffu);
+    for (int64_t i = 0; i < shape_.in; i++)
+      largest = std::max(largest, bits_as<uint32_t>(to_float(x[i])) & 0x7fffffffu);
     int exponent = static_cast<int>(largest >> 23);
     return exponent == 255 ? std::numeric_limits<double>::quiet_NaN() : std::ldexp(1.0, std::max(exponent, 1) - 156);
   }
