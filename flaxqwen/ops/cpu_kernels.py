@@ -17,7 +17,7 @@ from sysconfig import get_config_var
 import jax
 
 FOLDER = Path(__file__).with_name("cpp")
-HANDLERS = ("Products", "DecodeAttention")
+HANDLERS = ("Products", "DecodeAttention", "PrefillAttention")
 
 
 def _register() -> tuple[str, ...]:

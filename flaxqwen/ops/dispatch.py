@@ -36,9 +36,10 @@ class Attention:
 # What a platform has unless attention_implementation says otherwise. That of TPUs is by the compiler's figures for v6e:
 # 1,024 tokens over 8,192 slots, in one layer of a 7B and the head, take 40 MB of temporaries and not 948 (0.5B: 1.7 and
 # 473). Decoding is plain there: the library's kernel takes pages [K, pages, ...], to which our [B, K, S, H] would have
-# to be copied. On a CPU prefill of 1,024 tokens takes a third of the plain one's time, and decoding by our kernel takes
-# 85 us a layer in place of 290 (0.5B, 8 rows of 180 tokens). GPU kernels are there by name: none has been measured yet.
-DEFAULTS = {"cpu": Attention(decode="native", prefill="blocks"), "gpu": Attention(), "tpu": Attention(prefill="splash")}
+# to be copied. On a CPU our kernels: a layer of 0.5B and 1,024 tokens of bfloat16 takes 4.2 ms, in blocks 25, 4,096
+# tokens 46 and 320 (float32 9.5 and 27; 107 and 348; AMX), and a decoding step of 8 rows of 180 tokens 85 us, plainly
+# 290 (Zen 5). Kernels for GPUs are there by name: none has been measured yet.
+DEFAULTS = {"cpu": Attention(decode="native", prefill="native"), "gpu": Attention(), "tpu": Attention(prefill="splash")}
 PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}  # as devices call themselves
 
 
@@ -47,9 +48,10 @@ class Implementation:
     """One way to compute attention, beside "xla", the plain one (`attend_in_blocks`).
 
     run: (query, key, value, visibility, window, interpret) -> [B, T, N, H], as the plain one.
-    serves: (query, key, visibility) -> whether it can, by shapes and dtypes. Where it cannot the plain one runs; so it
-      does for int8 keys and values, masks of 4 dimensions, and weights that are asked for or dropped out.
+    serves: (query, key, visibility) -> whether it can, by shapes and dtypes. For int8 keys and values, masks of 4
+      dimensions, and weights that are asked for or dropped out the plain one runs.
     kinds, platform: what it is for.
+    otherwise: what runs where it cannot.
     on_mesh: whether it can run on each device's part of the heads.
     whole_cache: whether it takes all slots that there are, of which it reads what is seen. Others get those below the
       cache's bound: a slice, which is a copy for what is no operation of XLA's.
@@ -59,6 +61,7 @@ class Implementation:
     serves: Callable[[jax.Array, jax.Array, Visibility], bool]
     kinds: tuple[str, ...]
     platform: str
+    otherwise: str = "xla"
     on_mesh: bool = True
     whole_cache: bool = False
 
@@ -69,7 +72,7 @@ IMPLEMENTATIONS = {
     "cudnn": Implementation(kernels.dot_product, kernels.dot_product_serves, ("prefill", "whole"), "gpu"),
     "pallas": Implementation(kernels.decode, kernels.decode_serves, ("decode",), "gpu"),
     "native": Implementation(
-        kernels.decode_on_cpu, kernels.decode_on_cpu_serves, ("decode",), "cpu", on_mesh=False, whole_cache=True
+        kernels.native, kernels.native_serves, ("decode", "prefill"), "cpu", "blocks", on_mesh=False, whole_cache=True
     ),
 }
 
@@ -128,13 +131,15 @@ def run_attention(
     cache: keys and values; readable: of them the slots that may be seen.
     sharding: of heads that lie on a mesh; a kernel runs on each device's part of them.
     """
-    chosen = IMPLEMENTATIONS.get(getattr(attention, kind))
     is_plain = readable.scales is not None or visibility.full is not None
-    if chosen is None or is_plain or not (sharding is None or chosen.on_mesh):
+    name = "xla" if is_plain else getattr(attention, kind)
+    while (chosen := IMPLEMENTATIONS.get(name)) is not None:
+        key, value = (cache.key, cache.value) if chosen.whole_cache else (readable.key, readable.value)
+        if (sharding is None or chosen.on_mesh) and chosen.serves(query, key, visibility):
+            break
+        name = chosen.otherwise
+    else:
         return attend_in_blocks(query, readable.key, readable.value, visibility, window, readable.scales)
-    key, value = (cache.key, cache.value) if chosen.whole_cache else (readable.key, readable.value)
-    if not chosen.serves(query, key, visibility):
-        return attend_in_blocks(query, readable.key, readable.value, visibility, window)
     run = partial(chosen.run, window=window, interpret=attention.interpret)
     if sharding is None:
         return run(query, key, value, visibility)

@@ -21,6 +21,9 @@ LANES = 128  # of a TPU: splash takes blocks of multiples of it
 LARGEST_BLOCK = 512
 # Parts of the cache that Pallas' kernel for GPUs runs beside each other, and the fewest slots of one.
 SPLITS, SMALLEST_PART = 16, 16
+NATIVE_DTYPES = (jnp.float32, jnp.bfloat16)
+# Fewer than so many tokens leave most of a block of our kernel for CPUs empty.
+FEWEST_TOKENS = 16
 
 
 def splash(
@@ -164,47 +167,64 @@ def decode_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> b
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def decode_on_cpu(
+def native(
     query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None, interpret: bool
 ) -> jax.Array:
-    """Our attention of a decoding step on a CPU, cpp/decode_attention.cc: what a row may see of the cache is read once.
+    """Our kernels for CPUs, cpp/decode_attention.cc for one token a row and cpp/prefill_attention.cc for several.
 
-    key, value: may have slots beyond those of the mask, which are not read. A row that sees nothing gives 0. There is
-    no interpreter: `interpret` is not looked at. Elsewhere than on a CPU it is the plain one.
+    What a row may see of the cache is read, and no more: key and value may have slots beyond those of the mask. A token
+    that sees nothing gives 0. There is no interpreter: `interpret` is not looked at. Elsewhere than on a CPU it is the
+    plain one.
     """
-
-    def kernel(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility) -> jax.Array:
-        B, _, N, H = query.shape
-        end = jnp.broadcast_to(visibility.query_slot[:, 0] + 1, (B,))
-        begin = jnp.zeros_like(end) if window is None else end - window
-        mask = jnp.ones((1, key.shape[2]), bool) if visibility.slot_mask is None else visibility.slot_mask
-        rows = query.reshape(B, N, H).astype(jnp.float32)
-        result = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
-        return cpu_kernels.call("DecodeAttention", result, rows, key, value, begin, end, mask)[:, None]
-
-    def plain(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility) -> jax.Array:
-        return _decode_plainly(query, key, value, visibility, window).astype(jnp.float32)
-
-    return jax.lax.platform_dependent(query, key, value, visibility, cpu=kernel, default=plain).astype(query.dtype)
+    kernel = partial(_decode_natively if query.shape[1] == 1 else _prefill_natively, window=window)
+    plain = partial(_plainly, window=window)
+    return jax.lax.platform_dependent(query, key, value, visibility, cpu=kernel, default=plain)
 
 
-def _decode_plainly(
+def _decode_natively(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None
+) -> jax.Array:
+    B, _, N, H = query.shape
+    end = jnp.broadcast_to(visibility.query_slot[:, 0] + 1, (B,))
+    begin = jnp.zeros_like(end) if window is None else end - window
+    mask = jnp.ones((1, key.shape[2]), bool) if visibility.slot_mask is None else visibility.slot_mask
+    rows = query.reshape(B, N, H).astype(jnp.float32)
+    result = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
+    output = cpu_kernels.call("DecodeAttention", result, rows, key, value, begin, end, mask)
+    return output[:, None].astype(query.dtype)
+
+
+def _prefill_natively(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None
+) -> jax.Array:
+    B, T, S = *query.shape[:2], key.shape[2]
+    end = jnp.broadcast_to(visibility.query_slot + 1, (B, T))
+    begin = jnp.zeros_like(end) if window is None else end - window
+    segment = jnp.zeros_like(end) if visibility.query_segment is None else visibility.query_segment
+    slots = segments_of(visibility)
+    slots = jnp.zeros((B, S), jnp.int32) if slots is None else jnp.broadcast_to(slots, (B, slots.shape[1]))
+    result = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    return cpu_kernels.call("PrefillAttention", result, query, key, value, begin, end, segment, slots)
+
+
+def _plainly(
     query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None
 ) -> jax.Array:
     S = key.shape[2] if visibility.slot_mask is None else visibility.slot_mask.shape[1]
     return attend_in_blocks(query, key[:, :, :S], value[:, :, :S], visibility, window)
 
 
-@decode_on_cpu.defjvp
-def _decode_on_cpu_jvp(window: int | None, interpret: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+@native.defjvp
+def _native_jvp(window: int | None, interpret: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """By the plain one."""
     query, key, value, visibility = primals
-    plain = partial(_decode_plainly, visibility=visibility, window=window)
+    plain = partial(_plainly, visibility=visibility, window=window)
     return jax.jvp(plain, (query, key, value), tangents[:3])
 
 
-def decode_on_cpu_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
-    """Where the kernels are built: one token a row, heads of whole vectors, and a cache of a dtype that it reads."""
+def native_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
+    """Where the kernels are built, and for dtypes that they read. Of one token a row: heads of whole vectors."""
     B, T, N, H = query.shape
-    takes = B > 0 and T == 1 and H % 16 == 0 and key.dtype in (jnp.float32, jnp.bfloat16)
-    return takes and visibility.query_segment is None and cpu_kernels.serve()
+    if B == 0 or key.dtype not in NATIVE_DTYPES or query.dtype not in NATIVE_DTYPES or not cpu_kernels.serve():
+        return False
+    return T >= FEWEST_TOKENS or (T == 1 and H % 16 == 0 and visibility.query_segment is None)

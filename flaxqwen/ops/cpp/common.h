@@ -27,6 +27,11 @@ constexpr int kTurns = 20000;
 // Vectors in a turn of the inner loop.
 constexpr int kVectors = 4;
 
+// Memory in whole lines. A vector, or a row of a tile, that began elsewhere would lie in two: it takes twice as long.
+struct alignas(kCacheLine) Line {
+  uint32_t words[16];
+};
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -76,6 +81,7 @@ struct Wide {
   }
   static INLINE Sums zeros() { return _mm512_setzero_ps(); }
   static INLINE Vector all(float x) { return _mm512_set1_ps(x); }
+  static INLINE Vector all_of(const float* p) { return all(*p); }
   static INLINE void store(float* p, Vector vector) { _mm512_storeu_ps(p, vector); }
   static INLINE Sums add_products(Sums sums, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sums); }
   static INLINE float total(Sums sums) { return _mm512_reduce_add_ps(sums); }
@@ -91,6 +97,8 @@ struct Pairs {
   static INLINE Vector load(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static INLINE Vector load(const int8_t* p) { return _mm512_cvtne2ps_pbh(Wide::load(p + 16), Wide::load(p)); }
   static INLINE Sums zeros() { return _mm512_setzero_ps(); }
+  // A pair, in all places.
+  static INLINE Vector all_of(const bfloat16* p) { return (__m512bh)_mm512_set1_epi32(*as<int32_t>(p)); }
   static INLINE Sums add_products(Sums sums, Vector a, Vector b) { return _mm512_dpbf16_ps(sums, a, b); }
   static INLINE float total(Sums sums) { return _mm512_reduce_add_ps(sums); }
 };
@@ -114,6 +122,7 @@ struct Wide {
   }
   static INLINE Sums zeros() { return _mm256_setzero_ps(); }
   static INLINE Vector all(float x) { return _mm256_set1_ps(x); }
+  static INLINE Vector all_of(const float* p) { return all(*p); }
   static INLINE void store(float* p, Vector vector) { _mm256_storeu_ps(p, vector); }
   static INLINE Sums add_products(Sums sums, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sums); }
   static INLINE float total(Sums sums) {

@@ -24,7 +24,7 @@ constexpr int kLinesAhead = 8;
 // in a core's cache of 2 MB.
 constexpr int64_t kMostBytes = 5 << 18;
 
-// What ldtilecfg reads. Tiles 0 to 3 are sums, 4 and 5 of the weight, 6 of x.
+// What ldtilecfg reads. Tiles 0 to 3 are sums, 4 and 5 of the weight, 6 and 7 of x.
 struct TileSizes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -33,7 +33,7 @@ struct TileSizes {
   TileSizes(int64_t outputs, int64_t columns) {
     for (int sums : {0, 1, 2, 3}) set(sums, outputs, 4 * columns);
     for (int weight : {4, 5}) set(weight, outputs, kTileBytes);
-    set(6, kTile, 4 * columns);
+    for (int x : {6, 7}) set(x, kTile, 4 * columns);
   }
 
   void set(int tile, int64_t count, int64_t bytes) {
@@ -45,11 +45,6 @@ struct TileSizes {
   void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
 };
 static_assert(sizeof(TileSizes) == 64);
-
-// A whole row of a tile that began elsewhere would lie in two lines: loading it takes twice as long.
-struct alignas(kTileBytes) Line {
-  uint32_t words[kTile];
-};
 
 // 4 numbers as float32.
 INLINE __m128 load_four(const float* p) { return _mm_loadu_ps(p); }
