@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,9 @@ KERNEL_ROWS = 16
 # The same of float32, from 2 rows on. With AMX, 8 rows take 0.81 to 0.86 ms a weight and XLA 0.93 to 1.11; 16 take 1.5,
 # and XLA 1.2. A step of one row takes 113 ms, and XLA 106, where memory reads 25 GB/s.
 FLOAT32_ROWS = 8
-# The same by AMX, whose tiles have rows of so many bytes. 64 rows of bfloat16 take 0.64 and 0.84 ms a weight (of 896 x
-# 4,864) and XLA 0.83 and 0.80, of int8 0.73 and 1.1, and XLA 1.7 and 2.1; 1,024 tokens in int8 2.1 s, and XLA 1.4.
+# By AMX, whose tiles have rows of so many bytes, any number of rows of bfloat16: 128 rows take 1.2 and 1.1 ms a weight (of
+# 896 x 4,864) and XLA 2.9 and 1.3, 1,024 rows 5.5 and 6.5 ms, and XLA 8.7 and 8.6; of int8 1.3 and 1.4, and XLA 5.1 and
+# 2.5; 6.3 and 6.6, and XLA 11 and 10. Of float32 times int8 up to so many: 64 take 0.73 and 1.1, and XLA 1.7 and 2.1.
 TILE_ROWS, TILE_BYTES = 64, 64
 
 DTYPES = (
@@ -34,11 +36,11 @@ def kernel_serves(x: jax.Array, weight: jax.Array) -> bool:
     """Whether contract_by_kernel takes x [..., in] and weight [out, in] as they are, and is the fastest on a CPU."""
     if not cpu_kernels.serve() or x.shape[-1] != weight.shape[1] or (x.dtype, weight.dtype) not in DTYPES:
         return False
-    least, most = 1, KERNEL_ROWS
+    least, most = 1, float(KERNEL_ROWS)
     if weight.dtype == jnp.float32:
         least, most = 2, FLOAT32_ROWS
     elif cpu_kernels.INSTRUCTIONS == "amx" and weight.shape[1] * weight.dtype.itemsize % TILE_BYTES == 0:
-        most = TILE_ROWS
+        most = TILE_ROWS if x.dtype == jnp.float32 else math.inf
     return least <= rows_of(x) <= most
 
 
@@ -46,7 +48,8 @@ def kernel_serves(x: jax.Array, weight: jax.Array) -> bool:
 def contract_by_kernel(x: jax.Array, weight: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """x [..., in] times weight [out, in] over `in`, on a CPU -> [..., out], the sums in float32, or exact.
 
-    A row's result is the same to the last bit whatever rows stand beside it.
+    A row's result is the same to the last bit whatever rows stand beside it; of bfloat16 times int8 by AMX, among up to
+    TILE_ROWS, whose sums are exact, and among more, where they are of float32.
 
     Args:
       dtype: of the result, float32; or bfloat16, if x and the weight are.

@@ -54,7 +54,7 @@ def test_products(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], s
     """Of any number of rows, to float32's rounding: 1e-6 of the sum of the products' magnitudes."""
     out, width = size
     weight = drawn(rng, size, dtypes[1])
-    for rows in (*range(1, 10), 15, 16, 17, 33, 64, 130):
+    for rows in (*range(1, 10), 15, 16, 17, 33, 64, 65, 130, 290):
         x = drawn(rng, (rows, width), dtypes[0])
         y = jax.jit(contract_by_kernel)(x, weight)
         assert y.shape == (rows, out)
@@ -69,7 +69,7 @@ def test_products(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], s
 def test_rounded_results(rng: np.random.Generator, size: tuple[int, int]):
     """Of bfloat16 they are those of float32, to the nearest, as XLA rounds them; infinities and NaN, too."""
     weight = drawn(rng, size, BFLOAT16)
-    for rows in (1, 2, 3, 8, 41, 42):
+    for rows in (1, 2, 3, 8, 41, 42, 100, 259):
         x = drawn(rng, (rows, size[1]), BFLOAT16)
         x[-1, -1] = (np.nan, np.inf, 3e38, 1e-20)[rows % 4]
         wide, narrow = (jax.jit(contract_by_kernel, static_argnums=2)(x, weight, t) for t in (FLOAT32, BFLOAT16))
@@ -80,13 +80,17 @@ def test_rounded_results(rng: np.random.Generator, size: tuple[int, int]):
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1003, 896])
-@pytest.mark.usefixtures("kernels_for")
-def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], width: int):
-    """To the last bit: alone, and in batches of many sizes."""
-    x, weight = drawn(rng, (100, width), dtypes[0]), drawn(rng, (151, width), dtypes[1])
-    whole = np.asarray(jax.jit(contract_by_kernel)(x, weight))
-    for rows in (*range(1, 18), 31, 40, 64, 65):
-        np.testing.assert_array_equal(jax.jit(contract_by_kernel)(x[-rows:], weight), whole[-rows:])
+def test_a_row_does_not_depend_on_the_others(
+    rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], width: int, kernels_for: str
+):
+    """To the last bit: alone, and in batches of many sizes; int8's by AMX among up to 64 rows, and among more."""
+    x, weight = drawn(rng, (300, width), dtypes[0]), drawn(rng, (151, width), dtypes[1])
+    few, many = (*range(1, 18), 31, 40, 64), (65, 100, 257, 300)
+    is_exact = (kernels_for, dtypes, width % 64) == ("amx", (BFLOAT16, INT8), 0)
+    for sizes in (few, many) if is_exact else ((*few, *many),):
+        whole = np.asarray(jax.jit(contract_by_kernel)(x[-sizes[-1] :], weight))
+        for rows in sizes:
+            np.testing.assert_array_equal(jax.jit(contract_by_kernel)(x[-rows:], weight), whole[-rows:])
 
 
 @pytest.mark.parametrize("kernels_for", ["amx"], indirect=True)
@@ -205,13 +209,11 @@ def test_every_product_of_a_step(tied: bool, kernels_for: str):
         vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
-    served = {jnp.bfloat16: (1, TILE_ROWS if kernels_for == "amx" else KERNEL_ROWS), None: (2, FLOAT32_ROWS)}
-    cases = [
-        (dtype, rows, products)
-        for dtype, (least, most) in served.items()
-        for rows, products in ((least - 1, 0), (least, 15), (most, 15), (most + 1, 0))
-        if rows > 0
-    ]
+    narrow = {1: 15, KERNEL_ROWS: 15, KERNEL_ROWS + 1: 0}
+    if kernels_for == "amx":
+        narrow = {1: 15, 300: 15}
+    served = {jnp.bfloat16: narrow, None: {1: 0, 2: 15, FLOAT32_ROWS: 15, FLOAT32_ROWS + 1: 0}}
+    cases = [(dtype, *case) for dtype, rows in served.items() for case in rows.items()]
     for dtype, rows, products in cases:
         module = Qwen2ForCausalLM(config, dtype=dtype, param_dtype=dtype or jnp.float32)
         cache = init_cache(config, rows, 64, jnp.bfloat16)
@@ -254,11 +256,15 @@ def test_what_it_does_not_serve(kernels_for: str):
     assert not kernel_serves(x.astype(jnp.float32), weight)
     assert not kernel_serves(x.astype(jnp.float16), weight.astype(jnp.int8))
     assert not kernel_serves(x, weight[:, :60])  # which XLA refuses by name
-    most = TILE_ROWS if kernels_for == "amx" else KERNEL_ROWS
-    rows = {jnp.float32: range(2, FLOAT32_ROWS + 1), jnp.bfloat16: range(1, most + 1), jnp.int8: range(1, most + 1)}
-    for weights, expected in rows.items():
-        many = jnp.ones((200, 64), jnp.float32 if weights == jnp.float32 else jnp.bfloat16)
-        served = [rows for rows in range(201) if kernel_serves(many[:rows], weight.astype(weights))]
+    narrow, wide = (201, TILE_ROWS + 1) if kernels_for == "amx" else (KERNEL_ROWS + 1, KERNEL_ROWS + 1)
+    for dtypes, expected in (
+        ((jnp.float32, jnp.float32), range(2, FLOAT32_ROWS + 1)),
+        ((jnp.bfloat16, jnp.bfloat16), range(1, narrow)),
+        ((jnp.bfloat16, jnp.int8), range(1, narrow)),
+        ((jnp.float32, jnp.int8), range(1, wide)),
+    ):
+        many = jnp.ones((200, 64), dtypes[0])
+        served = [rows for rows in range(201) if kernel_serves(many[:rows], weight.astype(dtypes[1]))]
         assert served == list(expected)
     for width, weights in ((16, jnp.bfloat16), (32, jnp.int8)):  # half of a tile's row
         assert not kernel_serves(jnp.ones((17, width), jnp.bfloat16), jnp.ones((8, width), weights))

@@ -1,5 +1,5 @@
-// Products of small matrices that lie in a core's cache: sums [rows, kColumns] = a [rows, words] b [words, kColumns], or
-// as much more.
+// Products of small matrices that lie in a core's cache: sums [rows, kColumns] of a [rows, words] times b [words,
+// kColumns], or as much more; and rows that become columns of b, or come from columns of sums.
 //
 // A word has 4 bytes, a number of float32 or two of bfloat16 that lie beside each other in a row of a, and in the same
 // place of b. Both factors are of one dtype, sums are of float32.
@@ -10,6 +10,103 @@
 
 // Columns of b, and what the rows of a are a multiple of.
 constexpr int kColumns = 32, kRows = 32;
+
+// Rows that go in as columns of b, and come out of the columns of sums, so many at a time.
+constexpr int kHalf = kColumns / 2;
+
+#ifdef __AVX512BF16__
+
+// Of 16 rows of 16 words each, the columns.
+INLINE void transpose(__m512i rows[16]) {
+  __m512i mixed[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    mixed[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    mixed[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    rows[i] = _mm512_unpacklo_epi64(mixed[i], mixed[i + 2]);
+    rows[i + 1] = _mm512_unpackhi_epi64(mixed[i], mixed[i + 2]);
+    rows[i + 2] = _mm512_unpacklo_epi64(mixed[i + 1], mixed[i + 3]);
+    rows[i + 3] = _mm512_unpackhi_epi64(mixed[i + 1], mixed[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    mixed[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+    mixed[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+    mixed[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+    mixed[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    rows[i] = _mm512_shuffle_i32x4(mixed[i], mixed[i + 8], 0x88);
+    rows[i + 8] = _mm512_shuffle_i32x4(mixed[i], mixed[i + 8], 0xdd);
+  }
+}
+
+// Up to 16 words, and zeros.
+INLINE __m512i load_words(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_epi32(count >= 16 ? 0xffff : (1u << std::max<int64_t>(count, 0)) - 1, p);
+}
+INLINE __m512i load_words(const bfloat16* p, int64_t count) {
+  return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << std::max<int64_t>(count, 0)) - 1, p);
+}
+
+// b of up to kColumns rows [count, width], `stride` apart; zeros beyond, and up to a width that kRows divides.
+template <typename Element>
+void put_columns(const Element* rows, int64_t stride, int64_t count, int64_t width, Element* to) {
+  constexpr int kWidth = 64 / sizeof(Element);  // of 16 words
+  for (int64_t i = 0; i < (width + kRows - 1) / kRows * kRows; i += kWidth, to += kWidth * kColumns)
+    for (int half = 0; half < kColumns; half += kHalf) {
+      __m512i words[16];
+      for (int row = half; row < half + kHalf; row++)
+        words[row - half] = load_words(rows + row * stride + i, row < count ? width - i : 0);
+      transpose(words);
+      for (int word = 0; word < 16; word++)
+        _mm512_store_si512(to + (word * kColumns + half) * kWidth / 16, words[word]);
+    }
+}
+
+// kHalf of the columns of sums [kRows, kColumns] as rows of y [count, width], `stride` apart, as many as there are.
+INLINE void put_rows(const float* sums, bfloat16* y, int64_t stride, int64_t count, int64_t width) {
+  __m512i rows[16];  // two sums to a word
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++, sums += 2 * kColumns)
+    rows[i] = pair_of(_mm512_load_ps(sums), _mm512_load_ps(sums + kColumns));
+  transpose(rows);
+  const __mmask32 mask = width >= 32 ? ~0u : (1u << width) - 1;
+  for (int64_t i = 0; i < std::min<int64_t>(count, kHalf); i++) _mm512_mask_storeu_epi16(y + i * stride, mask, rows[i]);
+}
+INLINE void put_rows(const float* sums, float* y, int64_t stride, int64_t count, int64_t width) {
+  for (int part = 0; part < 2 && width > 0; part++, width -= 16, y += 16, sums += 16 * kColumns) {
+    __m512i rows[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) rows[i] = _mm512_load_si512(sums + i * kColumns);
+    transpose(rows);
+    const __mmask16 mask = width >= 16 ? 0xffff : (1u << width) - 1;
+    for (int64_t i = 0; i < std::min<int64_t>(count, kHalf); i++)
+      _mm512_mask_storeu_epi32(y + i * stride, mask, rows[i]);
+  }
+}
+
+#else
+
+template <typename Row>
+void put_columns(const Row* rows, int64_t stride, int64_t count, int64_t width, float* to) {
+  std::memset(to, 0, (width + kRows - 1) / kRows * kRows * kColumns * sizeof *to);
+  for (int64_t row = 0; row < std::min<int64_t>(count, kColumns); row++)
+    for (int64_t i = 0; i < width; i++) to[i * kColumns + row] = to_float(rows[row * stride + i]);
+}
+
+template <typename Result>
+void put_rows(const float* sums, Result* y, int64_t stride, int64_t count, int64_t width) {
+  for (int64_t row = 0; row < std::min<int64_t>(count, kHalf); row++)
+    for (int64_t i = 0; i < std::min<int64_t>(width, kRows); i++)
+      round_to(y + row * stride + i, sums[i * kColumns + row]);
+}
+
+#endif
 
 // By the products of vectors, Wide or Pairs.
 template <typename Products>

@@ -103,6 +103,13 @@ struct Pairs {
   static INLINE float total(Sums sums) { return _mm512_reduce_add_ps(sums); }
 };
 
+// Two vectors of float32 as one of pairs, rounded.
+INLINE __m512i pair_of(__m512 low, __m512 high) {
+  const auto places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                       5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
 #else
 
 constexpr int kMostRows = 4;

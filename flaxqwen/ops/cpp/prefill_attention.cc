@@ -7,8 +7,8 @@
 //
 // A query's result is the same to the last bit whatever queries stand beside it and whatever threads there are.
 //
-// Axes: B rows, T new tokens, N query heads, K key/value heads, G = N / K, C capacity, S slots of the prompt and before,
-// H dim, W = H rounded up to a multiple of kRows.
+// Axes: B rows, T new tokens, N query heads, K key/value heads, G = N / K, C capacity, S slots that have a place in
+// slot_segment, H dim, W = H rounded up to a multiple of kRows.
 
 #include "blocks.h"
 #include "softmax.h"
@@ -57,11 +57,8 @@ INLINE void put_pair(float* to, const float* low, const float* high) {
 }
 #ifdef __AVX512BF16__
 INLINE void put_pair(bfloat16* to, const float* low, const float* high) {
-  for (int c = 0; c < kColumns; c += 16) {
-    auto first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(low + c)));
-    auto second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(high + c)));
-    _mm512_storeu_si512(to + 2 * c, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
-  }
+  for (int c = 0; c < kColumns; c += 16)
+    _mm512_storeu_si512(to + 2 * c, pair_of(_mm512_loadu_ps(low + c), _mm512_loadu_ps(high + c)));
 }
 #endif
 
@@ -74,20 +71,16 @@ class Queries {
   Queries(const Sizes& sizes, int64_t count)
       : sizes_(sizes),
         count_(count),
-        memory_(std::make_unique<Line[]>((sizes.group * head_size() + kSlots * kColumns * 5) / 16)) {}
+        memory_(std::make_unique_for_overwrite<Line[]>((sizes.group * head_size() + kSlots * kColumns * 5) / 16)) {}
 
   // query: of the first token and head; a token's heads lie beside each other, those of the next kv_heads * G further.
   template <typename Query>
   void take(const Query* query) {
     for (int64_t g = 0; g < sizes_.group; g++) {
-      Element* to = query_of(g);
+      put_columns(query + g * sizes_.dim, stride(), count_, sizes_.dim, query_of(g));
+      std::fill_n(sums_of(g), sizes_.width * kColumns, 0.0f);
       std::fill_n(largest_of(g), kColumns, kUnseen);
-      for (int64_t token = 0; token < count_; token++) {
-        const Query* from = query + (token * sizes_.kv_heads * sizes_.group + g) * sizes_.dim;
-        for (int64_t h = 0; h < sizes_.dim; h += kWord)
-          for (int64_t i = 0; i < std::min<int64_t>(kWord, sizes_.dim - h); i++)
-            round_to(to + h * kColumns + token * kWord + i, to_float(from[h + i]));
-      }
+      std::fill_n(total_of(g), kColumns, 0.0f);
     }
   }
 
@@ -114,14 +107,18 @@ class Queries {
       for (int c = 0; c < kColumns; c++) total[c] = total[c] == 0 ? 1 : total[c];
       for (int64_t h = 0; h < sizes_.width; h++)
         for (int c = 0; c < kColumns; c++) sums[h * kColumns + c] /= total[c];
-      for (int64_t token = 0; token < count_; token++)
-        for (int64_t h = 0; h < sizes_.dim; h++)
-          round_to(y + (token * sizes_.kv_heads * sizes_.group + g) * sizes_.dim + h, sums[h * kColumns + token]);
+      for (int half = 0; half < kColumns; half += kHalf)
+        for (int64_t h = 0; h < sizes_.dim; h += kRows) {
+          Result* to = y + half * stride() + g * sizes_.dim + h;
+          put_rows(sums + h * kColumns + half, to, stride(), count_ - half, sizes_.dim - h);
+        }
     }
   }
 
  private:
   static constexpr int kWord = Blocks::kWord;
+
+  int64_t stride() const { return sizes_.kv_heads * sizes_.group * sizes_.dim; }
 
   // Of each head: queries [W / kWord, kColumns] words, sums of values [W, kColumns], the largest score and the sum of
   // weights [kColumns]. Behind them scores and weights of two heads, and what is seen, [kSlots, kColumns] each.
@@ -274,7 +271,8 @@ Attend choose(ffi::DataType query, ffi::DataType cache) {
 #endif
   const bool is_narrow = cache == ffi::BF16;
   if (!is_narrow && cache != ffi::F32) return nullptr;
-  if (query == ffi::F32) return is_narrow ? attend<VectorBlocks<Wide>, float, bfloat16> : attend<VectorBlocks<Wide>, float, float>;
+  if (query == ffi::F32)
+    return is_narrow ? attend<VectorBlocks<Wide>, float, bfloat16> : attend<VectorBlocks<Wide>, float, float>;
   if (query == ffi::BF16) return is_narrow ? attend<Narrow, bfloat16, bfloat16> : attend<Narrow, bfloat16, float>;
   return nullptr;
 }

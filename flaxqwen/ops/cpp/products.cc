@@ -7,7 +7,7 @@
 // A row's result does not depend, to the last bit, on the rows beside it: every product of two vectors is summed in the
 // same order, in float32, or exactly, whatever the block that it is computed in.
 
-#include "tiles.h"
+#include "many_rows.h"
 
 namespace {
 
@@ -49,6 +49,15 @@ void share_out(ffi::ThreadPool& pool, Shape shape, int64_t weight_bytes, Product
 }
 
 #ifdef __AMX_TILE__
+// The fewest rows of bfloat16 for which many_rows.h is faster than tiles.h.
+constexpr int64_t kManyRows = 65;
+
+template <typename Weight, typename Result>
+void multiply_many_rows(ffi::ThreadPool& pool, const ManyRows<Weight, Result>& rows) {
+  in_parts(pool, rows.blocks(), [&rows](int64_t block) { rows.fill(block); });
+  in_parts(pool, rows.parts(), [&rows](int64_t part) { rows.multiply(part); });
+}
+
 // y of all rows by tiles, of some rows after others; false where they do not take such a width.
 template <typename Weight, typename Element, typename Result>
 bool multiply_in_tiles(ffi::ThreadPool& pool, const void* weight_data, const void* x_data, void* y_data, Shape shape) {
@@ -57,6 +66,11 @@ bool multiply_in_tiles(ffi::ThreadPool& pool, const void* weight_data, const voi
   auto weight = static_cast<const Weight*>(weight_data);
   auto x = static_cast<const Element*>(x_data);
   auto y = static_cast<Result*>(y_data);
+  if constexpr (std::is_same_v<Element, bfloat16>)
+    if (shape.rows >= kManyRows) {
+      multiply_many_rows(pool, ManyRows<Weight, Result>(x, weight, y, shape, pool.num_threads()));
+      return true;
+    }
   const int64_t most = Rows::most_rows(shape.in);
   for (int64_t row = 0; row < shape.rows; row += most) {
     const int64_t rows = std::min(most, shape.rows - row);
