@@ -19,9 +19,9 @@ KERNEL_ROWS = 16
 # The same of float32, from 2 rows on. With AMX, 8 rows take 0.81 to 0.86 ms a weight and XLA 0.93 to 1.11; 16 take 1.5,
 # and XLA 1.2. A step of one row takes 113 ms, and XLA 106, where memory reads 25 GB/s.
 FLOAT32_ROWS = 8
-# By AMX, whose tiles have rows of so many bytes, any number of rows of bfloat16: 128 rows take 1.2 and 1.1 ms a weight (of
-# 896 x 4,864) and XLA 2.9 and 1.3, 1,024 rows 5.5 and 6.5 ms, and XLA 8.7 and 8.6; of int8 1.3 and 1.4, and XLA 5.1 and
-# 2.5; 6.3 and 6.6, and XLA 11 and 10. Of float32 times int8 up to so many: 64 take 0.73 and 1.1, and XLA 1.7 and 2.1.
+# By AMX, whose tiles have rows of so many bytes, any number of rows of bfloat16: 128 rows take 1.2 and 1.1 ms a weight
+# (of 896 x 4,864), and XLA 2.9 and 1.3; 1,024 rows 5.5 and 6.5, and XLA 8.7 and 8.6; of int8 1.3 and 1.4, and XLA 5.1
+# and 2.5; 6.3 and 6.6, and XLA 11 and 10. Of float32 times int8 up to so many: 64 take 0.73 and 1.1, XLA 1.7 and 2.1.
 TILE_ROWS, TILE_BYTES = 64, 64
 
 DTYPES = (
