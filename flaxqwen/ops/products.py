@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from flaxqwen.ops import cpu_kernels
@@ -19,10 +19,13 @@ KERNEL_ROWS = 16
 # The same of float32, from 2 rows on. With AMX, 8 rows take 0.81 to 0.86 ms a weight and XLA 0.93 to 1.11; 16 take 1.5,
 # and XLA 1.2. A step of one row takes 113 ms, and XLA 106, where memory reads 25 GB/s.
 FLOAT32_ROWS = 8
-# By AMX, whose tiles have rows of so many bytes, any number of rows of bfloat16: 128 rows take 1.2 and 1.1 ms a weight
-# (of 896 x 4,864), and XLA 2.9 and 1.3; 1,024 rows 5.5 and 6.5, and XLA 8.7 and 8.6; of int8 1.3 and 1.4, and XLA 5.1
-# and 2.5; 6.3 and 6.6, and XLA 11 and 10. Of float32 times int8 up to so many: 64 take 0.73 and 1.1, XLA 1.7 and 2.1.
-TILE_ROWS, TILE_BYTES = 64, 64
+# By AMX any number of rows of bfloat16: 128 rows take 1.2 and 1.1 ms a weight (of 896 x 4,864), and XLA 2.9 and 1.3;
+# 1,024 rows 5.5 and 6.5, and XLA 8.7 and 8.6; of int8 1.3 and 1.4, and XLA 5.1 and 2.5; 6.3 and 6.6, and XLA 11 and 10.
+# Up to TILE_ROWS of int8 have exact sums. Of float32, in three parts of bfloat16, SPLIT_ROWS and more: 24 rows take 2.3
+# and 2.2 ms, and XLA 2.5 and 3.3; 128 rows 4.4 and 5.1, and XLA 9.9 and 10.3; 1,024 rows 27 and 32, XLA 42 and 45.
+TILE_ROWS, SPLIT_ROWS = 64, 17
+# What the width of a weight is a multiple of, then.
+TILE_WIDTH = {np.dtype(jnp.float32): 32, np.dtype(jnp.bfloat16): 32, np.dtype(jnp.int8): 64}
 
 DTYPES = (
     (jnp.float32, jnp.float32),
@@ -36,20 +39,19 @@ def kernel_serves(x: jax.Array, weight: jax.Array) -> bool:
     """Whether contract_by_kernel takes x [..., in] and weight [out, in] as they are, and is the fastest on a CPU."""
     if not cpu_kernels.serve() or x.shape[-1] != weight.shape[1] or (x.dtype, weight.dtype) not in DTYPES:
         return False
-    least, most = 1, float(KERNEL_ROWS)
+    rows, in_tiles = rows_of(x), cpu_kernels.INSTRUCTIONS == "amx" and weight.shape[1] % TILE_WIDTH[weight.dtype] == 0
     if weight.dtype == jnp.float32:
-        least, most = 2, FLOAT32_ROWS
-    elif cpu_kernels.INSTRUCTIONS == "amx" and weight.shape[1] * weight.dtype.itemsize % TILE_BYTES == 0:
-        most = TILE_ROWS if x.dtype == jnp.float32 else math.inf
-    return least <= rows_of(x) <= most
+        return 2 <= rows <= FLOAT32_ROWS or (in_tiles and rows >= SPLIT_ROWS)
+    return rows >= 1 and (in_tiles or rows <= KERNEL_ROWS)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def contract_by_kernel(x: jax.Array, weight: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """x [..., in] times weight [out, in] over `in`, on a CPU -> [..., out], the sums in float32, or exact.
 
-    A row's result is the same to the last bit whatever rows stand beside it; of bfloat16 times int8 by AMX, among up to
-    TILE_ROWS, whose sums are exact, and among more, where they are of float32.
+    A row's result is the same to the last bit whatever rows stand beside it. By AMX so it is of int8 among up to
+    TILE_ROWS, whose sums are exact, and among more; and of float32 among fewer than SPLIT_ROWS, and among more, of which
+    infinity makes NaN.
 
     Args:
       dtype: of the result, float32; or bfloat16, if x and the weight are.

@@ -21,7 +21,14 @@ from flaxqwen.cache import init_cache
 from flaxqwen.ops import cpu_kernels
 from flaxqwen.ops.cpu import cpu_flags
 from flaxqwen.ops.linear import Linear, contract
-from flaxqwen.ops.products import FLOAT32_ROWS, KERNEL_ROWS, TILE_ROWS, contract_by_kernel, kernel_serves
+from flaxqwen.ops.products import (
+    FLOAT32_ROWS,
+    KERNEL_ROWS,
+    SPLIT_ROWS,
+    TILE_ROWS,
+    contract_by_kernel,
+    kernel_serves,
+)
 from flaxqwen.quantization import quantize_weight
 from flaxqwen.sharding import Sharding, make_mesh
 from tests.reference import close
@@ -83,13 +90,15 @@ def test_rounded_results(rng: np.random.Generator, size: tuple[int, int]):
 def test_a_row_does_not_depend_on_the_others(
     rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], width: int, kernels_for: str
 ):
-    """To the last bit: alone, and in batches of many sizes; int8's by AMX among up to 64 rows, and among more."""
+    """To the last bit: alone, and in batches of many sizes; by AMX among few rows, and among many."""
     x, weight = drawn(rng, (300, width), dtypes[0]), drawn(rng, (151, width), dtypes[1])
-    few, many = (*range(1, 18), 31, 40, 64), (65, 100, 257, 300)
-    is_exact = (kernels_for, dtypes, width % 64) == ("amx", (BFLOAT16, INT8), 0)
-    for sizes in (few, many) if is_exact else ((*few, *many),):
-        whole = np.asarray(jax.jit(contract_by_kernel)(x[-sizes[-1] :], weight))
-        for rows in sizes:
+    sizes = (*range(1, 18), 31, 40, 64, 65, 100, 257, 300)
+    most = 300
+    if kernels_for == "amx" and width % 64 == 0 and dtypes[1] != BFLOAT16:
+        most = SPLIT_ROWS - 1 if dtypes[1] == FLOAT32 else TILE_ROWS
+    for among in ([rows for rows in sizes if rows <= most], [rows for rows in sizes if rows > most]):
+        whole = np.asarray(jax.jit(contract_by_kernel)(x[-max(among, default=1) :], weight))
+        for rows in among:
             np.testing.assert_array_equal(jax.jit(contract_by_kernel)(x[-rows:], weight), whole[-rows:])
 
 
@@ -103,6 +112,20 @@ def test_sums_of_integers_are_exact(rng: np.random.Generator, rows: int):
     power = np.float32(2) ** rng.integers(-60, 40, (rows, 1))
     found = jax.jit(contract_by_kernel)(x.astype(np.float32) * power, weight)
     np.testing.assert_array_equal(found, (x @ weight.T.astype(np.int64)).astype(np.float32) * power)
+
+
+@pytest.mark.parametrize("kernels_for", ["amx"], indirect=True)
+@pytest.mark.usefixtures("kernels_for")
+def test_float32_in_parts(rng: np.random.Generator):
+    """By AMX, of many rows: all 24 bits count, in x and in the weight, and errors are those of sums of float32."""
+    numbers, choice = drawn(rng, (96, 96), FLOAT32), np.eye(96, dtype=np.float32)[rng.permutation(96)]
+    np.testing.assert_array_equal(jax.jit(contract_by_kernel)(numbers, choice), numbers @ choice.T)
+    np.testing.assert_array_equal(jax.jit(contract_by_kernel)(choice, numbers), choice @ numbers.T)
+    for width in (896, 4864):
+        x, weight = drawn(rng, (100, width), FLOAT32), drawn(rng, (100, width), FLOAT32)
+        wanted = x.astype(np.float64) @ weight.astype(np.float64).T
+        errors = [np.std(np.asarray(y) - wanted) for y in (jax.jit(contract_by_kernel)(x, weight), x @ weight.T)]
+        assert errors[0] <= 2 * errors[1]
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
@@ -132,6 +155,9 @@ def test_what_is_not_finite_stays_so(rng: np.random.Generator):
     for each in (x, x.astype(np.float32)):
         integers = np.asarray(jax.jit(contract_by_kernel)(each, drawn(rng, (9, 64), INT8)))
         assert np.isfinite(integers).tolist() == [[False] * 9, [False] * 9, [True] * 9]
+    for dtypes in DTYPES:
+        y = jax.jit(contract_by_kernel)(np.tile(x.astype(dtypes[0]), (30, 1)), drawn(rng, (9, 64), dtypes[1]))
+        assert np.isfinite(y).tolist() == [[False] * 9, [False] * 9, [True] * 9] * 30
 
 
 @pytest.mark.usefixtures("kernels_for")
@@ -212,7 +238,10 @@ def test_every_product_of_a_step(tied: bool, kernels_for: str):
     narrow = {1: 15, KERNEL_ROWS: 15, KERNEL_ROWS + 1: 0}
     if kernels_for == "amx":
         narrow = {1: 15, 300: 15}
-    served = {jnp.bfloat16: narrow, None: {1: 0, 2: 15, FLOAT32_ROWS: 15, FLOAT32_ROWS + 1: 0}}
+    wide = {1: 0, 2: 15, FLOAT32_ROWS: 15, FLOAT32_ROWS + 1: 0}
+    if kernels_for == "amx":
+        wide |= {SPLIT_ROWS - 1: 0, SPLIT_ROWS: 15, 300: 15}
+    served = {jnp.bfloat16: narrow, None: wide}
     cases = [(dtype, *case) for dtype, rows in served.items() for case in rows.items()]
     for dtype, rows, products in cases:
         module = Qwen2ForCausalLM(config, dtype=dtype, param_dtype=dtype or jnp.float32)
@@ -256,18 +285,20 @@ def test_what_it_does_not_serve(kernels_for: str):
     assert not kernel_serves(x.astype(jnp.float32), weight)
     assert not kernel_serves(x.astype(jnp.float16), weight.astype(jnp.int8))
     assert not kernel_serves(x, weight[:, :60])  # which XLA refuses by name
-    narrow, wide = (201, TILE_ROWS + 1) if kernels_for == "amx" else (KERNEL_ROWS + 1, KERNEL_ROWS + 1)
+    few = list(range(1, 201 if kernels_for == "amx" else KERNEL_ROWS + 1))
+    floats = [*range(2, FLOAT32_ROWS + 1), *(range(SPLIT_ROWS, 201) if kernels_for == "amx" else ())]
     for dtypes, expected in (
-        ((jnp.float32, jnp.float32), range(2, FLOAT32_ROWS + 1)),
-        ((jnp.bfloat16, jnp.bfloat16), range(1, narrow)),
-        ((jnp.bfloat16, jnp.int8), range(1, narrow)),
-        ((jnp.float32, jnp.int8), range(1, wide)),
+        ((jnp.float32, jnp.float32), floats),
+        ((jnp.bfloat16, jnp.bfloat16), few),
+        ((jnp.bfloat16, jnp.int8), few),
+        ((jnp.float32, jnp.int8), few),
     ):
         many = jnp.ones((200, 64), dtypes[0])
         served = [rows for rows in range(201) if kernel_serves(many[:rows], weight.astype(dtypes[1]))]
-        assert served == list(expected)
-    for width, weights in ((16, jnp.bfloat16), (32, jnp.int8)):  # half of a tile's row
-        assert not kernel_serves(jnp.ones((17, width), jnp.bfloat16), jnp.ones((8, width), weights))
+        assert served == expected
+    for width, weights in ((16, jnp.bfloat16), (32, jnp.int8), (16, jnp.float32)):  # half of a tile's row
+        many = jnp.ones((17, width), jnp.float32 if weights == jnp.float32 else jnp.bfloat16)
+        assert not kernel_serves(many, jnp.ones((8, width), weights))
 
 
 @built

@@ -108,6 +108,33 @@ void put_rows(const float* sums, Result* y, int64_t stride, int64_t count, int64
 
 #endif
 
+// float32 as a sum of so many numbers of bfloat16, which have 8 bits each. Of their products those count whose numbers
+// add up to less: the others are under 2^-24 of the result.
+constexpr int kMostParts = 3;
+
+#ifdef __AVX512BF16__
+
+template <typename Number>
+constexpr int kPartsOf = std::is_same_v<Number, float> ? kMostParts : 1;
+
+// 32 numbers in parts, each of them what those before it leave, rounded. Infinity has parts that are NaN.
+INLINE void split(const bfloat16* p, __m512i parts[1]) { parts[0] = _mm512_loadu_si512(p); }
+INLINE void split(const int8_t* p, __m512i parts[1]) { parts[0] = (__m512i)Pairs::load(p); }
+INLINE void split(const float* p, __m512i parts[kMostParts]) {
+  __m512 low = _mm512_loadu_ps(p), high = _mm512_loadu_ps(p + 16);
+  auto rest = [](__m512 x, __m256i rounded) {
+    return x - _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+  };
+#pragma GCC unroll 3
+  for (int i = 0; i < kMostParts; i++) {
+    parts[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    low = rest(low, _mm512_castsi512_si256(parts[i]));
+    high = rest(high, _mm512_extracti64x4_epi64(parts[i], 1));
+  }
+}
+
+#endif
+
 // By the products of vectors, Wide or Pairs.
 template <typename Products>
 struct VectorBlocks {
@@ -158,8 +185,10 @@ struct TileBlocks {
   static void begin() { TileSizes(kTile, kTile).load(); }
   static void end() { _tile_release(); }
 
-  template <bool is_more>
-  static void multiply(float* sums, const Element* a, int64_t stride, const Element* b, int64_t rows, int64_t words) {
+  // Of a and b in parts, which stand for their sums and lie so far from each other: of pairs of parts that matter.
+  template <bool is_more, int a_parts = 1, int b_parts = 1>
+  static void multiply(float* sums, const Element* a, int64_t stride, const Element* b, int64_t rows, int64_t words,
+                       int64_t a_part = 0, int64_t b_part = 0) {
     constexpr int kLine = 4 * kColumns;
     for (int64_t row = 0; row < rows; row += 2 * kTile, sums += 2 * kTile * kColumns, a += 2 * kTile * stride) {
       float* lower = sums + kTile * kColumns;
@@ -175,15 +204,22 @@ struct TileBlocks {
         _tile_zero(3);
       }
       for (int64_t word = 0; word < words; word += kTile) {
-        auto from = a + word * kWord, x = b + word * kColumns * kWord;
-        _tile_loadd(4, from, stride * sizeof(Element));
-        _tile_loadd(6, x, kLine);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, from + kTile * stride, stride * sizeof(Element));
-        _tile_dpbf16ps(1, 5, 6);
-        _tile_loadd(7, x + kTile * kWord, kLine);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
+#pragma GCC unroll 3
+        for (int i = 0; i < a_parts; i++) {
+          auto from = a + i * a_part + word * kWord;
+          _tile_loadd(4, from, stride * sizeof(Element));
+          _tile_loadd(5, from + kTile * stride, stride * sizeof(Element));
+#pragma GCC unroll 3
+          for (int j = 0; j < std::min(b_parts, kMostParts - i); j++) {
+            auto x = b + j * b_part + word * kColumns * kWord;
+            _tile_loadd(6, x, kLine);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+            _tile_loadd(7, x + kTile * kWord, kLine);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+          }
+        }
       }
       _tile_stored(0, sums, kLine);
       _tile_stored(1, lower, kLine);

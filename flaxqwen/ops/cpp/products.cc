@@ -49,28 +49,30 @@ void share_out(ffi::ThreadPool& pool, Shape shape, int64_t weight_bytes, Product
 }
 
 #ifdef __AMX_TILE__
-// The fewest rows of bfloat16 for which many_rows.h is faster than tiles.h.
-constexpr int64_t kManyRows = 65;
+// The fewest rows for which many_rows.h is faster than tiles.h, and of float32 than vectors are.
+constexpr int64_t kManyRows = 65, kManyFloats = 17;
 
-template <typename Weight, typename Result>
-void multiply_many_rows(ffi::ThreadPool& pool, const ManyRows<Weight, Result>& rows) {
+template <typename Weight, typename Element, typename Result>
+bool multiply_many_rows(ffi::ThreadPool& pool, const void* weight, const void* x, void* y, Shape shape) {
+  using Rows = ManyRows<Weight, Element, Result>;
+  if (!Rows::take(shape.in)) return false;
+  const Rows rows(static_cast<const Element*>(x), static_cast<const Weight*>(weight), static_cast<Result*>(y), shape,
+                  pool.num_threads());
   in_parts(pool, rows.blocks(), [&rows](int64_t block) { rows.fill(block); });
   in_parts(pool, rows.parts(), [&rows](int64_t part) { rows.multiply(part); });
+  return true;
 }
 
 // y of all rows by tiles, of some rows after others; false where they do not take such a width.
 template <typename Weight, typename Element, typename Result>
 bool multiply_in_tiles(ffi::ThreadPool& pool, const void* weight_data, const void* x_data, void* y_data, Shape shape) {
+  if (shape.rows >= kManyRows && multiply_many_rows<Weight, Element, Result>(pool, weight_data, x_data, y_data, shape))
+    return true;
   using Rows = Tiles<Weight, Element>;
   if (!Rows::take(shape.in)) return false;
   auto weight = static_cast<const Weight*>(weight_data);
   auto x = static_cast<const Element*>(x_data);
   auto y = static_cast<Result*>(y_data);
-  if constexpr (std::is_same_v<Element, bfloat16>)
-    if (shape.rows >= kManyRows) {
-      multiply_many_rows(pool, ManyRows<Weight, Result>(x, weight, y, shape, pool.num_threads()));
-      return true;
-    }
   const int64_t most = Rows::most_rows(shape.in);
   for (int64_t row = 0; row < shape.rows; row += most) {
     const int64_t rows = std::min(most, shape.rows - row);
@@ -97,11 +99,16 @@ ffi::Error products(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
   Shape shape{x.dimensions()[0], sizes[1], sizes[0]};
   auto from = weight.untyped_data(), rows = x.untyped_data(), to = y->untyped_data();
 #ifdef __AMX_TILE__
-  auto in_tiles = weight.element_type() == ffi::F32 ? nullptr
-                  : x.element_type() == ffi::F32 ? multiply_in_tiles<int8_t, float, float>
-                  : weight.element_type() == ffi::S8 ? multiply_in_tiles<int8_t, bfloat16, float>
-                  : y->element_type() == ffi::F32 ? multiply_in_tiles<bfloat16, bfloat16, float>
-                                                  : multiply_in_tiles<bfloat16, bfloat16, bfloat16>;
+  using InTiles = decltype(&multiply_in_tiles<bfloat16, bfloat16, float>);
+  InTiles in_tiles = nullptr;
+  if (weight.element_type() == ffi::F32)
+    in_tiles = shape.rows >= kManyFloats ? &multiply_many_rows<float, float, float> : nullptr;
+  else if (weight.element_type() == ffi::S8)
+    in_tiles = x.element_type() == ffi::F32 ? &multiply_in_tiles<int8_t, float, float>
+                                            : &multiply_in_tiles<int8_t, bfloat16, float>;
+  else
+    in_tiles = y->element_type() == ffi::F32 ? &multiply_in_tiles<bfloat16, bfloat16, float>
+                                             : &multiply_in_tiles<bfloat16, bfloat16, bfloat16>;
   if (in_tiles != nullptr && in_tiles(pool, from, rows, to, shape)) return ffi::Error::Success();
 #endif
   share_out(pool, shape, weight.size_bytes(),
