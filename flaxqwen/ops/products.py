@@ -50,7 +50,7 @@ def contract_by_kernel(x: jax.Array, weight: jax.Array, dtype: DTypeLike = jnp.f
     """x [..., in] times weight [out, in] over `in`, on a CPU -> [..., out], the sums in float32, or exact.
 
     A row's result is the same to the last bit whatever rows stand beside it. By AMX so it is of int8 among up to
-    TILE_ROWS, whose sums are exact, and among more; and of float32 among fewer than SPLIT_ROWS, and among more, of which
+    TILE_ROWS, whose sums are exact, and among more; and of float32 among fewer than SPLIT_ROWS, and among more, where
     infinity makes NaN.
 
     Args:

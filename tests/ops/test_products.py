@@ -117,7 +117,7 @@ def test_sums_of_integers_are_exact(rng: np.random.Generator, rows: int):
 @pytest.mark.parametrize("kernels_for", ["amx"], indirect=True)
 @pytest.mark.usefixtures("kernels_for")
 def test_float32_in_parts(rng: np.random.Generator):
-    """By AMX, of many rows: all 24 bits count, in x and in the weight, and errors are those of sums of float32."""
+    """By AMX, of many rows: all 24 bits count, in x and in the weight, and errors are less than numpy's in float32."""
     numbers, choice = drawn(rng, (96, 96), FLOAT32), np.eye(96, dtype=np.float32)[rng.permutation(96)]
     np.testing.assert_array_equal(jax.jit(contract_by_kernel)(numbers, choice), numbers @ choice.T)
     np.testing.assert_array_equal(jax.jit(contract_by_kernel)(choice, numbers), choice @ numbers.T)
@@ -125,7 +125,7 @@ def test_float32_in_parts(rng: np.random.Generator):
         x, weight = drawn(rng, (100, width), FLOAT32), drawn(rng, (100, width), FLOAT32)
         wanted = x.astype(np.float64) @ weight.astype(np.float64).T
         errors = [np.std(np.asarray(y) - wanted) for y in (jax.jit(contract_by_kernel)(x, weight), x @ weight.T)]
-        assert errors[0] <= 2 * errors[1]
+        assert errors[0] <= errors[1]  # 0.4 of it
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
