@@ -51,7 +51,7 @@ class Qwen2AudioAttention(nn.Module):
         config = self.config
         linear = partial(
             Linear, config.d_model, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype,
-            by_rows=True,
+            sharding=self.sharding, by_rows=True,
         )  # fmt: skip
         self.q_proj, self.v_proj, self.out_proj = (linear(use_bias=True) for _ in range(3))
         self.k_proj = linear()
@@ -90,7 +90,7 @@ class Qwen2AudioEncoderLayer(nn.Module):
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         linear = partial(
             Linear, use_bias=True, stddev=config.initializer_range, dtype=self.dtype, param_dtype=self.param_dtype,
-            by_rows=True,
+            sharding=self.sharding, by_rows=True,
         )  # fmt: skip
         self.self_attn_layer_norm = LayerNorm(LAYER_NORM_EPS, self.param_dtype)
         self.self_attn = Qwen2AudioAttention(config, *dtypes, self.sharding)

@@ -127,7 +127,7 @@ class Linear(nn.Module):
     """y = x W^T + b with PyTorch's names and layout: weight [out, in], bias [out].
 
     dtype is the compute dtype (None: that of x); parameters are created in param_dtype. sharding: how the model lies on
-    a mesh; None: on one device. by_rows: see contract_by_rows.
+    a mesh; None: on one device. by_rows: see contract_by_rows, for where our kernel does not serve.
     """
 
     features: int
@@ -143,10 +143,11 @@ class Linear(nn.Module):
         """x [..., in] -> [..., out]."""
         x = x.astype(self.dtype or x.dtype)
         weight, scale = weight_of(self, (self.features, x.shape[-1]), self.stddev, self.param_dtype)
-        if self.by_rows and scale is None:
+        is_alone = self.sharding is None
+        if self.by_rows and scale is None and not (is_alone and kernel_serves(x, weight)):
             y = product = contract_by_rows(x, weight)
         else:
-            y = product = contract(x, weight, scale, self.sharding is None)
+            y = product = contract(x, weight, scale, is_alone)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)
