@@ -42,7 +42,7 @@ from flaxqwen.models.qwen2_audio import (
     audio_positions,
     visible_labels,
 )
-from flaxqwen.ops.linear import Linear
+from flaxqwen.ops.linear import PRODUCT, Linear
 from flaxqwen.ops.rotary import rotary_embedding
 from flaxqwen.sharding import constrain, module_sharding
 
@@ -59,7 +59,9 @@ MUON_RMS = 0.2
 OUT_IN = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
 # What the forward pass keeps of a layer for the backward pass, which computes the rest again.
 POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "segment_ids")

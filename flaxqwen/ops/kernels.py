@@ -105,7 +105,7 @@ def segments_of(visibility: Visibility) -> jax.Array | None:
     segment, mask = visibility.slot_segment, visibility.slot_mask
     if mask is None:
         return segment
-    return jnp.where(mask, 0 if segment is None else segment, -1)
+    return jnp.where(mask, 0 if segment is None else segment, -1).astype(jnp.int32)
 
 
 def block_size(length: int) -> int:
@@ -172,9 +172,9 @@ def native(
 ) -> jax.Array:
     """Our kernels for CPUs, cpp/decode_attention.cc for one token a row and cpp/prefill_attention.cc for several.
 
-    What a row may see of the cache is read, and no more: key and value may have slots beyond those of the mask. A token
-    that sees nothing gives 0. There is no interpreter: `interpret` is not looked at. Elsewhere than on a CPU it is the
-    plain one.
+    The cache is read as far as it is seen, and no further: key and value may have slots beyond those of the mask. They
+    are of query's dtype, or are its numbers in a wider one. A token that sees nothing gives 0. There is no interpreter:
+    `interpret` is not looked at. Elsewhere than on a CPU it is the plain one.
     """
     kernel = partial(_decode_natively if query.shape[1] == 1 else _prefill_natively, window=window)
     plain = partial(_plainly, window=window)
@@ -200,7 +200,7 @@ def _prefill_natively(
     B, T, S = *query.shape[:2], key.shape[2]
     end = jnp.broadcast_to(visibility.query_slot + 1, (B, T))
     begin = jnp.zeros_like(end) if window is None else end - window
-    segment = jnp.zeros_like(end) if visibility.query_segment is None else visibility.query_segment
+    segment = jnp.zeros_like(end) if visibility.query_segment is None else visibility.query_segment.astype(jnp.int32)
     slots = segments_of(visibility)
     slots = jnp.zeros((B, S), jnp.int32) if slots is None else jnp.broadcast_to(slots, (B, slots.shape[1]))
     result = jax.ShapeDtypeStruct(query.shape, query.dtype)

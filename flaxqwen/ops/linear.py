@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from flaxqwen.convert.quantize import SCALE
@@ -20,6 +21,9 @@ from flaxqwen.ops.lora import adapt_embedding, adapt_linear
 from flaxqwen.ops.products import contract_by_kernel, kernel_serves
 from flaxqwen.ops.quantized import contract_quantized
 from flaxqwen.sharding import Sharding, constrain
+
+# What remat knows our kernel's products by, which are no dots.
+PRODUCT = "product"
 
 # How many rows of float32 a CPU takes at a time, where that is faster, at most and at least.
 MOST_ROWS, LEAST_ROWS = 500 if HAS_AVX512 else 250, 125
@@ -37,12 +41,13 @@ def contract(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None, on
 
     Args:
       scale: of a quantized weight, see contract_quantized; None: it is not.
-      on_one_device: whether the model has no Sharding, so that a CPU may multiply few rows by our kernel.
+      on_one_device: whether the model has no Sharding, so that a CPU may multiply by our kernel.
     """
     if scale is not None:
         return contract_quantized(x, weight, scale, on_one_device)
     if on_one_device and kernel_serves(x, weight):
-        return jax.lax.platform_dependent(x, weight, cpu=_contract_by_kernel, default=_contract)
+        y = jax.lax.platform_dependent(x, weight, cpu=_contract_by_kernel, default=_contract)
+        return checkpoint_name(y, PRODUCT)
     weight, rows = weight.astype(x.dtype), rows_of(x)
     if x.dtype == jnp.bfloat16 and rows == 1:
         return jax.lax.platform_dependent(x, weight, cpu=_contract_one_row_cpu, default=_contract)

@@ -51,7 +51,7 @@ def contract_by_kernel(x: jax.Array, weight: jax.Array, dtype: DTypeLike = jnp.f
 
     A row's result is the same to the last bit whatever rows stand beside it. By AMX so it is of int8 among up to
     TILE_ROWS, whose sums are exact, and among more; and of float32 among fewer than SPLIT_ROWS, and among more, where
-    infinity makes NaN.
+    infinity, and what bfloat16 rounds to it, makes NaN.
 
     Args:
       dtype: of the result, float32; or bfloat16, if x and the weight are.

@@ -173,17 +173,20 @@ def test_prefill(rng, case, is_padded, window):
 
 
 @pytest.mark.parametrize("cache_dtype", [jnp.float32, jnp.bfloat16])
-def test_prefill_in_bfloat16(rng, cache_dtype):
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("case", PREFILL)
+def test_prefill_in_bfloat16(rng, case, window, cache_dtype):
     """No further from float32 than the plain one is, on the average and at most; whatever dtype the cache has."""
-    *heads, slots = drawn(rng, "0.5B")
+    *heads, slots = drawn(rng, case)
     visibility, rounded = Visibility(slots), [jnp.asarray(a, jnp.bfloat16) for a in heads]
-    want = np.asarray(attend_in_blocks(*(a.astype(jnp.float32) for a in rounded), visibility))
+    want = np.asarray(attend_in_blocks(*(a.astype(jnp.float32) for a in rounded), visibility, window))
     query, *cache = rounded
-    ours = native(query, *(a.astype(cache_dtype) for a in cache), visibility, None)
+    ours = native(query, *(a.astype(cache_dtype) for a in cache), visibility, window)
     assert ours.dtype == jnp.bfloat16
-    errors = [np.abs(np.asarray(got, np.float32) - want) for got in (ours, attend_in_blocks(*rounded, visibility))]
+    plain = attend_in_blocks(*rounded, visibility, window)
+    errors = [np.abs(np.asarray(got, np.float32) - want) for got in (ours, plain)]
     assert errors[0].mean() <= 1.1 * errors[1].mean()
-    assert errors[0].max() <= 1.2 * errors[1].max()
+    assert errors[0].max() <= 1.3 * errors[1].max()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -235,6 +238,10 @@ def test_prefill_with_what_is_not_finite(rng, place, dtype):
     for unseen in (jnp.nan, jnp.inf, 3e38):
         got = native(query, key.at[0, 0, place].set(unseen), value, hidden, None)
         assert jnp.isfinite(got).all()
+    huge = jnp.full((1, 128, 8, H), 1e9, dtype)  # scores of 1e20 and more, which are all alike
+    assert jnp.isfinite(
+        native(huge, 1e9 * jnp.abs(huge[:, :, :K].swapaxes(1, 2)), value[:1, :, :T], visibility, None)
+    ).all()
     great, unit = query * 1e4, 2e-6 if dtype == jnp.float32 else 2**-7  # the largest weight is 1, others next to 0
     close(native(great, key, value, visibility, None), attend_in_blocks(great, key, value, visibility), relative=unit)
 
@@ -250,3 +257,11 @@ def test_prefill_in_a_gradient(rng):
     ours = of(lambda *heads: native(*heads, visibility, None), S)
     for mine, other in zip(ours, of(lambda *heads: attend_in_blocks(*heads, visibility), 256), strict=True):
         close(mine, other, relative=1e-5)
+
+
+def test_prefill_with_wide_integers(rng):
+    """Where jax_enable_x64 is set, of padded prompts too."""
+    heads, mask = heads_of(rng, 4), left_padding([0, 20])
+    wanted = native(*heads, Visibility(slots_from(100), mask), None)
+    with jax.enable_x64(True):
+        assert (native(*heads, Visibility(slots_from(100), mask), None) == wanted).all()

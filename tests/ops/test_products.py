@@ -31,6 +31,7 @@ from flaxqwen.ops.products import (
 )
 from flaxqwen.quantization import quantize_weight
 from flaxqwen.sharding import Sharding, make_mesh
+from flaxqwen.training import POLICIES
 from tests.reference import close
 
 FLOAT32, BFLOAT16, INT8 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.int8)
@@ -86,6 +87,20 @@ def test_rounded_results(rng: np.random.Generator, size: tuple[int, int]):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [(1050, 40, 288), (530, 70, 416), (4100, 33, 64), (70, 3700, 64)], ids=str)
+@pytest.mark.parametrize("kernels_for", ["amx"], indirect=True)
+@pytest.mark.usefixtures("kernels_for")
+def test_many_rows(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], case: tuple[int, int, int]):
+    """More than are taken at once, or more outputs, and widths whose chunks are not alike: as test_products."""
+    rows, out, width = case
+    x, weight = drawn(rng, (rows, width), dtypes[0]), drawn(rng, (out, width), dtypes[1])
+    wide = x.astype(np.float64), weight.astype(np.float64).T
+    bound = 1e-6 * (np.abs(wide[0]) @ np.abs(wide[1]))
+    y = np.asarray(jax.jit(contract_by_kernel)(x, weight), np.float64)
+    assert (np.abs(y - wide[0] @ wide[1]) <= bound).all()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1003, 896])
 def test_a_row_does_not_depend_on_the_others(
     rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], width: int, kernels_for: str
@@ -125,7 +140,7 @@ def test_float32_in_parts(rng: np.random.Generator):
         x, weight = drawn(rng, (100, width), FLOAT32), drawn(rng, (100, width), FLOAT32)
         wanted = x.astype(np.float64) @ weight.astype(np.float64).T
         errors = [np.std(np.asarray(y) - wanted) for y in (jax.jit(contract_by_kernel)(x, weight), x @ weight.T)]
-        assert errors[0] <= errors[1]  # 0.4 of it
+        assert errors[0] <= 0.6 * errors[1]  # 0.3 and 0.4; with sums that go on from chunk to chunk 1.4
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
@@ -208,6 +223,20 @@ def test_a_layer_with_its_derivatives_and_mapped(rng: np.random.Generator):
     gradients = [jax.jit(jax.grad(partial(loss, layer=layer), (0, 1)))(params, x) for layer in (ours, plain)]
     for mine, other in zip(*map(jax.tree.leaves, gradients), strict=True):
         close(mine.astype(jnp.float32), other.astype(jnp.float32), 2e-2)  # of outputs that were rounded to bfloat16
+
+
+@built
+def test_remat_keeps_products():
+    """As it keeps XLA's dots: "dots" computes none of them again, "full" both."""
+    layer, x = Linear(64, param_dtype=jnp.bfloat16), jnp.ones((8, 64), jnp.bfloat16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+    def loss(params: dict, x: jax.Array) -> jax.Array:
+        return jnp.sin(layer.apply(params, jnp.sin(layer.apply(params, x)))).sum()
+
+    for name, calls in (("dots", 2), ("full", 4)):
+        backward = jax.grad(jax.checkpoint(loss, policy=POLICIES[name]))
+        assert str(jax.make_jaxpr(backward)(params, x)).count("ffi_call[") == calls
 
 
 @pytest.mark.usefixtures("kernels_for")

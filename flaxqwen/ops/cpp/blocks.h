@@ -190,6 +190,7 @@ struct TileBlocks {
   static void multiply(float* sums, const Element* a, int64_t stride, const Element* b, int64_t rows, int64_t words,
                        int64_t a_part = 0, int64_t b_part = 0) {
     constexpr int kLine = 4 * kColumns;
+    see_memory();
     for (int64_t row = 0; row < rows; row += 2 * kTile, sums += 2 * kTile * kColumns, a += 2 * kTile * stride) {
       float* lower = sums + kTile * kColumns;
       if constexpr (is_more) {

@@ -36,6 +36,10 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+struct Pair {
+  bfloat16 first, second;
+};
+
 template <typename To, typename From>
 INLINE To bits_as(From from) {
   To to;
@@ -98,7 +102,9 @@ struct Pairs {
   static INLINE Vector load(const int8_t* p) { return _mm512_cvtne2ps_pbh(Wide::load(p + 16), Wide::load(p)); }
   static INLINE Sums zeros() { return _mm512_setzero_ps(); }
   // A pair, in all places.
-  static INLINE Vector all_of(const bfloat16* p) { return (__m512bh)_mm512_set1_epi32(*as<int32_t>(p)); }
+  static INLINE Vector all_of(const bfloat16* p) {
+    return (__m512bh)_mm512_set1_epi32(bits_as<int32_t>(Pair{p[0], p[1]}));
+  }
   static INLINE Sums add_products(Sums sums, Vector a, Vector b) { return _mm512_dpbf16_ps(sums, a, b); }
   static INLINE float total(Sums sums) { return _mm512_reduce_add_ps(sums); }
 };

@@ -19,7 +19,7 @@
 
 // Outputs at a time.
 constexpr int64_t kOutputsAtOnce = 224;
-// At least, where there are as many blocks of outputs.
+// About, where there are as many blocks of outputs.
 constexpr int64_t kPartsOfThread = 8;
 // Elements of bfloat16 in a row of a tile.
 constexpr int64_t kStep = kTileBytes / sizeof(bfloat16);

@@ -1,9 +1,10 @@
 // Attention of a prompt's tokens to their keys and values in the cache, as an XLA custom call for CPUs.
 //
 // As FlashAttention (Dao et al., 2022): the scores of kSlots slots and kColumns queries stand in a core's cache, and
-// maxima and sums go on from slots to slots, in float32 (Milakov and Gimelshein 2018). What no query of a block sees is
-// not read. Scores are [slots, queries]: the softmax is then one of whole vectors, and keys are tiles as they lie in
-// memory. Queries of bfloat16 are multiplied with keys as such, and their weights with values; others as float32.
+// maxima and sums go on from slots to slots, in float32 (Milakov and Gimelshein 2018). Keys and values are packed
+// first, from the first to the last block of slots that some query sees; a block of queries then takes those that it
+// sees. Scores are [slots, queries]: the softmax is one of whole vectors. Queries of bfloat16 are multiplied with keys
+// as such, and their weights with values; others as float32.
 //
 // A query's result is the same to the last bit whatever queries stand beside it and whatever threads there are.
 //
@@ -166,7 +167,8 @@ class Queries {
     for (int i = 0; i < kSlots * kColumns; i++) scores[i] = is_seen()[i] ? scores[i] : kUnseen;
   }
 
-  // Makes weights of a head's scores, e^(scale * (score - largest)), and brings what it has seen so far to it.
+  // Makes weights of a head's scores, e^(scale * (score - largest)), whose exponents are never above 0, and brings what
+  // it has seen so far to them.
   void weigh(int64_t g, float scale) {
     float *scores = scores_of(g), *largest = largest_of(g), *total = total_of(g);
     float most[kColumns], factor[kColumns], changed = 0;
@@ -177,9 +179,9 @@ class Queries {
         most[c] = most[c] < score ? score : most[c];
       }
     for (int c = 0; c < kColumns; c++) {
-      most[c] = std::max(largest[c], most[c] * scale);
+      most[c] = std::max(largest[c], most[c]);
       float from = most[c] == kUnseen ? 0 : most[c];  // nothing is seen so far
-      factor[c] = exp_of(largest[c] - from);
+      factor[c] = exp_of((largest[c] - from) * scale);
       changed += factor[c] != 1;
       largest[c] = most[c];
       most[c] = from;
@@ -191,8 +193,8 @@ class Queries {
     for (int i = 0; i < kSlots; i += 2) {
       float *low = scores + i * kColumns, *high = low + kColumns;
       for (int c = 0; c < kColumns; c++) {
-        low[c] = exp_of(std::fma(low[c], scale, -most[c]));
-        high[c] = exp_of(std::fma(high[c], scale, -most[c]));
+        low[c] = exp_of((low[c] - most[c]) * scale);
+        high[c] = exp_of((high[c] - most[c]) * scale);
         total[c] += low[c] + high[c];
       }
       put_pair(weights_of(g) + i * kColumns, low, high);

@@ -51,15 +51,20 @@ void share_out(ffi::ThreadPool& pool, Shape shape, int64_t weight_bytes, Product
 #ifdef __AMX_TILE__
 // The fewest rows for which many_rows.h is faster than tiles.h, and of float32 than vectors are.
 constexpr int64_t kManyRows = 65, kManyFloats = 17;
+// A copy of so many, at most, is made: 6 bytes of each number of float32.
+constexpr int64_t kMostRowsAtOnce = 4096;
 
 template <typename Weight, typename Element, typename Result>
 bool multiply_many_rows(ffi::ThreadPool& pool, const void* weight, const void* x, void* y, Shape shape) {
   using Rows = ManyRows<Weight, Element, Result>;
   if (!Rows::take(shape.in)) return false;
-  const Rows rows(static_cast<const Element*>(x), static_cast<const Weight*>(weight), static_cast<Result*>(y), shape,
-                  pool.num_threads());
-  in_parts(pool, rows.blocks(), [&rows](int64_t block) { rows.fill(block); });
-  in_parts(pool, rows.parts(), [&rows](int64_t part) { rows.multiply(part); });
+  for (int64_t row = 0; row < shape.rows; row += kMostRowsAtOnce) {
+    const Shape own{std::min(kMostRowsAtOnce, shape.rows - row), shape.in, shape.out};
+    const Rows rows(static_cast<const Element*>(x) + row * shape.in, static_cast<const Weight*>(weight),
+                    static_cast<Result*>(y) + row * shape.out, own, pool.num_threads());
+    in_parts(pool, rows.blocks(), [&rows](int64_t block) { rows.fill(block); });
+    in_parts(pool, rows.parts(), [&rows](int64_t part) { rows.multiply(part); });
+  }
   return true;
 }
 

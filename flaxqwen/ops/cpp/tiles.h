@@ -46,6 +46,9 @@ struct TileSizes {
 };
 static_assert(sizeof(TileSizes) == 64);
 
+// What was written before is in memory from here on: GCC 12's _tile_loadd does not say that it reads it.
+INLINE void see_memory() { asm volatile("" ::: "memory"); }
+
 // 4 numbers as float32.
 INLINE __m128 load_four(const float* p) { return _mm_loadu_ps(p); }
 INLINE __m128 load_four(const bfloat16* p) {
@@ -166,6 +169,7 @@ class Tiles {
   void multiply_tiles(const char* weight, Result* y, int64_t outputs, int64_t chunk) const {
     const int64_t row_bytes = shape_.in * sizeof(Weight), stride = 4 * columns_;
     auto x = as<char>(chunk_at(chunk));
+    see_memory();
     // The rows that come next, in the order in which they lie.
     const char* ahead = weight + high * kTile * row_bytes + chunk % kLinesAhead * kTileBytes;
     _tile_zero(0);
