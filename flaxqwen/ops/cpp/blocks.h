@@ -109,7 +109,7 @@ void put_rows(const float* sums, Result* y, int64_t stride, int64_t count, int64
 #endif
 
 // float32 as a sum of so many numbers of bfloat16, which have 8 bits each. Of their products those count whose numbers
-// add up to less: the others are under 2^-24 of the result.
+// add up to less: the others are under 2^-24 of the product.
 constexpr int kMostParts = 3;
 
 #ifdef __AVX512BF16__

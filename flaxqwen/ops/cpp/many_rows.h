@@ -6,10 +6,10 @@
 // Rapids), by tiles.h, which takes whole rows of the weight, 1.6, and by XLA 1.1; their units do 7.
 //
 // float32 is multiplied as three numbers of bfloat16 each: 24 bits, in 6 products of parts, as XLA's BF16_BF16_F32_X6
-// does on TPUs (Henry, Tang and Heinecke 2019). Errors are 0.4 of those of XLA's products here, which take 1.6 times
-// as long. A weight of int8 is widened to bfloat16, which is exact.
+// does on TPUs (Henry, Tang and Heinecke 2019). Errors are 0.4 of those of XLA's products of float32; 1,024 tokens
+// through 0.5B take 3.0 s, by XLA's 3.5. A weight of int8 is widened to bfloat16, which is exact.
 //
-// Each result is the same sum in the same order whatever rows there are, and of bfloat16 that of tiles.h.
+// Each result is the same sum in the same order whatever rows there are; of bfloat16 it is that of tiles.h.
 
 #pragma once
 
