@@ -42,7 +42,8 @@ from flaxqwen.models.qwen2_audio import (
     audio_positions,
     visible_labels,
 )
-from flaxqwen.ops.linear import PRODUCT, Linear
+from flaxqwen.ops.linear import Linear
+from flaxqwen.ops.products import PRODUCT
 from flaxqwen.ops.rotary import rotary_embedding
 from flaxqwen.sharding import constrain, module_sharding
 

@@ -12,18 +12,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from flaxqwen.convert.quantize import SCALE
 from flaxqwen.ops.cpu import HAS_AMX, HAS_AVX512, contract_one_row, rows_of, tangent_of_product
 from flaxqwen.ops.lora import adapt_embedding, adapt_linear
-from flaxqwen.ops.products import contract_by_kernel, kernel_serves
+from flaxqwen.ops.products import contract_natively, kernel_serves
 from flaxqwen.ops.quantized import contract_quantized
 from flaxqwen.sharding import Sharding, constrain
-
-# What remat knows our kernel's products by, which are no dots.
-PRODUCT = "product"
 
 # How many rows of float32 a CPU takes at a time, where that is faster, at most and at least.
 MOST_ROWS, LEAST_ROWS = 500 if HAS_AVX512 else 250, 125
@@ -46,8 +42,7 @@ def contract(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None, on
     if scale is not None:
         return contract_quantized(x, weight, scale, on_one_device)
     if on_one_device and kernel_serves(x, weight):
-        y = jax.lax.platform_dependent(x, weight, cpu=_contract_by_kernel, default=_contract)
-        return checkpoint_name(y, PRODUCT)
+        return contract_natively(x, weight, x.dtype)
     weight, rows = weight.astype(x.dtype), rows_of(x)
     if x.dtype == jnp.bfloat16 and rows == 1:
         return jax.lax.platform_dependent(x, weight, cpu=_contract_one_row_cpu, default=_contract)
@@ -60,10 +55,6 @@ def _contract(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Both minor dimensions contracted. A narrow result type would convert whole weights on CPU, so it is float32."""
     dims = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def _contract_by_kernel(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return contract_by_kernel(x, weight, x.dtype)
 
 
 def _contract_few_rows_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from flaxqwen.ops import cpu_kernels
@@ -26,6 +27,9 @@ FLOAT32_ROWS = 8
 TILE_ROWS, SPLIT_ROWS = 64, 17
 # What the width of a weight is a multiple of, then.
 TILE_WIDTH = {np.dtype(jnp.float32): 32, np.dtype(jnp.bfloat16): 32, np.dtype(jnp.int8): 64}
+
+# What remat knows the kernel's products by, which are no dots.
+PRODUCT = "product"
 
 DTYPES = (
     (jnp.float32, jnp.float32),
@@ -68,6 +72,18 @@ def _contract_by_kernel_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     y = contract_by_kernel(*primals, dtype)
     return y, tangent_of_product(lambda x, weight: contract_wide(x, weight).astype(dtype), primals, tangents, y)
+
+
+def contract_natively(x: jax.Array, weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """contract_by_kernel, and elsewhere than on a CPU contract_wide, under the name that remat knows it by."""
+
+    def kernel(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return contract_by_kernel(x, weight, dtype)
+
+    def plain(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return contract_wide(x, weight).astype(dtype)
+
+    return checkpoint_name(jax.lax.platform_dependent(x, weight, cpu=kernel, default=plain), PRODUCT)
 
 
 def contract_wide(x: jax.Array, weight: jax.Array) -> jax.Array:

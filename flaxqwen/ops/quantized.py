@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxqwen.ops.cpu import HAS_AMX, contract_one_row, rows_of
-from flaxqwen.ops.products import contract_by_kernel, contract_wide, kernel_serves
+from flaxqwen.ops.products import contract_natively, contract_wide, kernel_serves
 
 # Up to so many rows are multiplied in int8 on a CPU, each as so many digits.
 FEW_ROWS, DIGITS = 16, 3
@@ -31,7 +31,7 @@ def contract_quantized(x: jax.Array, values: jax.Array, scale: jax.Array, on_one
 def _contract_int8(x: jax.Array, values: jax.Array, on_one_device: bool) -> jax.Array:
     """Without the scale -> [..., out] float32."""
     if on_one_device and kernel_serves(x, values):
-        return jax.lax.platform_dependent(x, values, cpu=contract_by_kernel, default=contract_wide)
+        return contract_natively(x, values, jnp.float32)
     if rows_of(x) <= FEW_ROWS:
         return jax.lax.platform_dependent(x, values, cpu=_contract_int8_cpu, default=contract_wide)
     return contract_wide(x, values)

@@ -25,6 +25,7 @@ def exact(query, key, value, visibility, window):
     key, value = (np.repeat(a, query.shape[2] // key.shape[1], axis=1) for a in (key, value))
     visible = np.asarray(visibility.visible(key.shape[2], window))[:, None]
     scores = np.einsum("BTNH,BNSH->BNTS", query, key) * query.shape[3] ** -0.5
+    scores = np.where(visible, scores, np.finfo(np.float64).min)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True)) * visible
     sums = weights.sum(axis=-1, keepdims=True)
     return np.einsum("BNTS,BNSH->BTNH", np.divide(weights, sums, where=sums > 0, out=np.zeros_like(weights)), value)

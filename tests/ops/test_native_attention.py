@@ -179,7 +179,7 @@ def test_prefill_in_bfloat16(rng, case, window, cache_dtype):
     """No further from float32 than the plain one is, on the average and at most; whatever dtype the cache has."""
     *heads, slots = drawn(rng, case)
     visibility, rounded = Visibility(slots), [jnp.asarray(a, jnp.bfloat16) for a in heads]
-    want = np.asarray(attend_in_blocks(*(a.astype(jnp.float32) for a in rounded), visibility, window))
+    want = exact(*rounded, visibility, window)
     query, *cache = rounded
     ours = native(query, *(a.astype(cache_dtype) for a in cache), visibility, window)
     assert ours.dtype == jnp.bfloat16
@@ -238,12 +238,11 @@ def test_prefill_with_what_is_not_finite(rng, place, dtype):
     for unseen in (jnp.nan, jnp.inf, 3e38):
         got = native(query, key.at[0, 0, place].set(unseen), value, hidden, None)
         assert jnp.isfinite(got).all()
-    huge = jnp.full((1, 128, 8, H), 1e9, dtype)  # scores of 1e20 and more, which are all alike
-    assert jnp.isfinite(
-        native(huge, 1e9 * jnp.abs(huge[:, :, :K].swapaxes(1, 2)), value[:1, :, :T], visibility, None)
-    ).all()
-    great, unit = query * 1e4, 2e-6 if dtype == jnp.float32 else 2**-7  # the largest weight is 1, others next to 0
-    close(native(great, key, value, visibility, None), attend_in_blocks(great, key, value, visibility), relative=unit)
+    unit = 2e-6 if dtype == jnp.float32 else 2**-7
+    great = query * 2**13  # the largest weight is 1, others next to 0; scores stay exact
+    close(native(great, key, value, visibility, None), exact(great, key, value, visibility, None), relative=unit)
+    huge = jnp.full_like(query, 1e9), jnp.full_like(key, 1e18)  # scores of 1e27, which are all alike
+    close(native(*huge, value, visibility, None), exact(*huge, value, visibility, None), relative=unit)
 
 
 def test_prefill_in_a_gradient(rng):

@@ -226,17 +226,21 @@ def test_a_layer_with_its_derivatives_and_mapped(rng: np.random.Generator):
 
 
 @built
-def test_remat_keeps_products():
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_remat_keeps_products(rng: np.random.Generator, is_int8: bool):
     """As it keeps XLA's dots: "dots" computes none of them again, "full" both."""
     layer, x = Linear(64, param_dtype=jnp.bfloat16), jnp.ones((8, 64), jnp.bfloat16)
-    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    params = layer.init(jax.random.key(0), x)
+    if is_int8:
+        values, scale = quantize_weight(drawn(rng, (64, 64), FLOAT32), "int8")
+        params = {"params": {"weight": values, "weight_scale": scale}}
 
-    def loss(params: dict, x: jax.Array) -> jax.Array:
-        return jnp.sin(layer.apply(params, jnp.sin(layer.apply(params, x)))).sum()
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.sin(layer.apply(params, jnp.sin(layer.apply(params, jnp.sin(x))))).sum()
 
     for name, calls in (("dots", 2), ("full", 4)):
         backward = jax.grad(jax.checkpoint(loss, policy=POLICIES[name]))
-        assert str(jax.make_jaxpr(backward)(params, x)).count("ffi_call[") == calls
+        assert str(jax.make_jaxpr(backward)(x)).count("ffi_call[") == calls
 
 
 @pytest.mark.usefixtures("kernels_for")
