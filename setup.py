@@ -9,8 +9,9 @@ from setuptools import Extension, setup
 
 FOLDER = Path("flaxqwen", "ops", "cpp")
 # Products and sums are fused where the code says so and nowhere else, so that no result depends on how a loop was
-# compiled; and a loop with a condition may be vectorised.
-OPTIONS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-g0", "-w")
+# compiled; and a loop with a condition may be vectorised. Python's own flags let integers wrap around, whereupon GCC
+# looks in each turn of a loop whether they have (-fno-wrapv: a row of float32 takes 19 ms in place of 23).
+OPTIONS = ("-std=c++20", "-O3", "-fno-wrapv", "-ffp-contract=off", "-fno-trapping-math", "-g0", "-w")
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
 INSTRUCTIONS = {
     "amx": (*AVX512, "amx-tile", "amx-bf16", "amx-int8"),

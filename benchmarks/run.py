@@ -172,11 +172,13 @@ def timer(call: Callable[..., Any], *inputs: Any) -> Callable[[], float]:
 
 
 def reader(rows: int) -> Callable[[], float]:
-    """A function that reads `rows` of 4 KB, in the faster of two ways, and gives the GB/s."""
+    """A function that reads `rows` of 4 KB, on a CPU in huge pages, in the faster of two ways, and gives the GB/s."""
     import jax
     import jax.numpy as jnp
 
-    table, row = jnp.ones((rows, 1024), jnp.float32), jnp.ones((1, 1024), jnp.float32)
+    from flaxqwen.memory import in_huge_pages
+
+    table, row = in_huge_pages(jnp.ones((rows, 1024), jnp.float32)), jnp.ones((1, 1024), jnp.float32)
     ways = [timer(jnp.sum, table), timer(lambda t, r: jax.lax.dot_general(r, t, BOTH_MINOR), table, row)]
     return lambda: table.nbytes / min(way() for way in ways) / 1e9
 

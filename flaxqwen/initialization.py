@@ -17,6 +17,7 @@ from flaxqwen.config import PretrainedConfig
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.names import to_name
 from flaxqwen.layout import TOWER
+from flaxqwen.memory import in_huge_pages
 from flaxqwen.model import Params
 from flaxqwen.sharding import Sharding
 
@@ -54,7 +55,8 @@ def draw_params(
             own_key = jax.random.fold_in(key, zlib.crc32(to_name(path).encode()))
             end = path[-2:] if TOWER not in path else (TOWER, *path[-2:])  # one program for all layers
             place = None if sharding is None else (end, sharding)
-            leaves[path] = _draw_normal(own_key, stddev, shape=shape, dtype=dtype, zero_row=zero_row, place=place)
+            values = _draw_normal(own_key, stddev, shape=shape, dtype=dtype, zero_row=zero_row, place=place)
+            leaves[path] = in_huge_pages(values)
     return flax.traverse_util.unflatten_dict(leaves)
 
 

@@ -22,6 +22,7 @@ from flaxqwen.convert.quantize import (
     scheme_of,
     to_config,
 )
+from flaxqwen.memory import in_huge_pages
 from flaxqwen.sharding import Sharding, shapes_of
 
 
@@ -60,7 +61,8 @@ def quantize_params(params: dict[str, Any], scheme: Scheme, sharding: Sharding |
         if own is None:
             leaves[path] = leaf
         elif sharding is None:
-            leaves[path], leaves[*path[:-1], SCALE] = quantize_weight(leaf, own)
+            integers, leaves[*path[:-1], SCALE] = quantize_weight(leaf, own)
+            leaves[path] = in_huge_pages(integers)
         else:
             leaves |= quantize_onto(sharding, path, sharding.undo(path, leaf, sharding.source(path, stored)), own)
     return flax.traverse_util.unflatten_dict(leaves)

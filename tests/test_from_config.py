@@ -28,6 +28,7 @@ from flaxqwen import (
 )
 from flaxqwen.auto import param_shapes
 from flaxqwen.convert import to_name, to_path
+from flaxqwen.convert.memory import HUGE_PAGE
 from flaxqwen.sharding import Sharding, make_mesh
 from tests.conftest import find_shared
 from tests.reference import leaves_of, random_ids, tiny, torch
@@ -44,6 +45,16 @@ COUNTS = {
     "Qwen2.5-72B": 72_706_203_648,
     "cogito-v1-preview-qwen-14B": 14_765_947_904,  # a shorter vocabulary
 }
+
+
+def test_large_weights_lie_in_huge_pages():
+    """Drawn and quantized ones, as a checkpoint's do (tests/convert/test_memory.py): all 9 weights, or two in int8."""
+    config = Qwen2Config(vocab_size=4100, hidden_size=1024, intermediate_size=1030, num_hidden_layers=1)
+    for scheme, count in ((None, 9), ("int8", 2)):
+        leaves = jax.tree.leaves(AutoModelForCausalLM.from_config(config, dtype="bfloat16", quantize=scheme).params)
+        large = [leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.nbytes >= HUGE_PAGE]
+        assert len(large) == count
+        assert all(address % HUGE_PAGE == 0 for address in large)
 
 
 def test_large_weights_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch):

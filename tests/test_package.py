@@ -108,7 +108,7 @@ FLOORS = (
     ("convert.*", "hub", "config", "config_values", "rope_config", "distributed", "files"),
     ("cache", "ops.*", "layout", "sharding"),
     ("models.*", "audio"),
-    ("generation.*", "lora.*", "training", "dataset", "native", "allocator"),
+    ("generation.*", "lora.*", "training", "dataset", "native", "allocator", "memory"),
     ("adapters", "model", "auto", "initialization", "loading", "aot", "aot_training", "quantization"),
     ("trainer", "batch", "parity", "parity_*", "cli", "cli.*", "demo.*"),
 )

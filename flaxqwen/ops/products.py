@@ -17,8 +17,8 @@ from flaxqwen.ops.cpu import rows_of, tangent_of_product
 # Up to so many rows it is faster than XLA's products. 24 weights of 4,864 x 896 in bfloat16 on 2 cores of a Zen 5: 16
 # rows take it 5 to 10 ms and XLA 11 to 12; 32 rows 16 to 20 and XLA 15.
 KERNEL_ROWS = 16
-# The same of float32, from 2 rows on. With AMX, 8 rows take 0.81 to 0.86 ms a weight and XLA 0.93 to 1.11; 16 take 1.5,
-# and XLA 1.2. A step of one row takes 113 ms, and XLA 106, where memory reads 25 GB/s.
+# The same of float32. With AMX, 8 rows take 0.81 to 0.86 ms a weight and XLA 0.93 to 1.11; 16 take 1.5, and XLA 1.2. A
+# step of one row takes 85, 82, 90 and 107 ms, with XLA's products in turns 95, 90, 102 and 110.
 FLOAT32_ROWS = 8
 # By AMX any number of rows of bfloat16: 128 rows take 1.2 and 1.1 ms a weight (of 896 x 4,864), and XLA 2.9 and 1.3;
 # 1,024 rows 5.5 and 6.5, and XLA 8.7 and 8.6; of int8 1.3 and 1.4, and XLA 5.1 and 2.5; 6.3 and 6.6, and XLA 11 and 10.
@@ -45,7 +45,7 @@ def kernel_serves(x: jax.Array, weight: jax.Array) -> bool:
         return False
     rows, in_tiles = rows_of(x), cpu_kernels.INSTRUCTIONS == "amx" and weight.shape[1] % TILE_WIDTH[weight.dtype] == 0
     if weight.dtype == jnp.float32:
-        return 2 <= rows <= FLOAT32_ROWS or (in_tiles and rows >= SPLIT_ROWS)
+        return 1 <= rows <= FLOAT32_ROWS or (in_tiles and rows >= SPLIT_ROWS)
     return rows >= 1 and (in_tiles or rows <= KERNEL_ROWS)
 
 

@@ -1,0 +1,23 @@
+"""Where parameters lie that were computed, not read."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from flaxqwen.convert.memory import HUGE_PAGE, fresh_bytes
+
+
+def in_huge_pages(weight: jax.Array) -> jax.Array:
+    """The same array; a large one of a CPU's is moved to memory such as a checkpoint is read into.
+
+    What a program returns there lies in pages of 4 KB, in which a step of 0.5B takes 1.1 to 1.2 times as long.
+    """
+    if weight.nbytes < HUGE_PAGE or len(weight.devices()) > 1:
+        return weight
+    [device] = weight.devices()
+    if device.platform != "cpu":
+        return weight
+    memory = fresh_bytes(weight.nbytes).view(weight.dtype).reshape(weight.shape)
+    np.copyto(memory, weight)
+    return jax.device_put(memory, device)
