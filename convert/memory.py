@@ -17,9 +17,9 @@ HUGE_PAGE = 1 << 21
 def fresh_bytes(size: int) -> np.ndarray:
     """`size` bytes of nobody else's, aligned to 64 bytes; of large ones what fills whole huge pages lies in such.
 
-    The CPU finds its way to every page by tables that are in memory themselves: on a virtual machine the weights of
-    0.5B are read at 20 to 24 GB/s in pages of 4 KB, in huge ones at 28 to 31. numpy would ask for them too, but for
-    what is left over as well, 1 MB of each weight on the average that nothing uses.
+    The CPU finds its way to every page by tables that are in memory themselves: on a virtual machine 1 GB is read at 20
+    to 24 GB/s in pages of 4 KB, in huge ones at 28 to 31. numpy would ask for them too, but for what is left over as
+    well, 1 MB of each weight on the average that nothing uses.
     """
     if size < HUGE_PAGE or sys.platform != "linux":
         memory = np.empty(size + ALIGNMENT, np.uint8)
