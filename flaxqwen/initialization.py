@@ -55,8 +55,8 @@ def draw_params(
             own_key = jax.random.fold_in(key, zlib.crc32(to_name(path).encode()))
             end = path[-2:] if TOWER not in path else (TOWER, *path[-2:])  # one program for all layers
             place = None if sharding is None else (end, sharding)
-            values = _draw_normal(own_key, stddev, shape=shape, dtype=dtype, zero_row=zero_row, place=place)
-            leaves[path] = in_huge_pages(values)
+            draw = partial(_draw_normal, shape=shape, dtype=dtype, zero_row=zero_row, place=place)
+            leaves[path] = in_huge_pages(draw(own_key, stddev))  # no name keeps what was drawn beside its copy
     return flax.traverse_util.unflatten_dict(leaves)
 
 

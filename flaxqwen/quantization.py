@@ -61,8 +61,8 @@ def quantize_params(params: dict[str, Any], scheme: Scheme, sharding: Sharding |
         if own is None:
             leaves[path] = leaf
         elif sharding is None:
-            integers, leaves[*path[:-1], SCALE] = quantize_weight(leaf, own)
-            leaves[path] = in_huge_pages(integers)
+            leaves[path], leaves[*path[:-1], SCALE] = quantize_weight(leaf, own)
+            leaves[path] = in_huge_pages(leaves[path])
         else:
             leaves |= quantize_onto(sharding, path, sharding.undo(path, leaf, sharding.source(path, stored)), own)
     return flax.traverse_util.unflatten_dict(leaves)
