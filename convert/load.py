@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from flaxqwen.convert.checkpoint import Checkpoint
 from flaxqwen.convert.dtypes import is_weight_dtype, weight_dtype, weight_dtype_names
 from flaxqwen.convert.errors import CheckpointError
-from flaxqwen.convert.memory import fresh_bytes
+from flaxqwen.convert.memory import WeightMemory
 from flaxqwen.convert.names import (
     EMBEDDING,
     HEAD,
@@ -67,9 +67,9 @@ def load_params(
         tensors = {path: tensor if path[-1] == SCALE else cast(tensor, wanted) for path, tensor in tensors.items()}
     total = sum(tensor.nbytes for tensor in tensors.values())
     params: dict[str, Any] = {}
-    done = 0
+    read, done = partial(_read_and_put, put, WeightMemory()), 0
     with ThreadPoolExecutor(READERS) as pool:  # after an error, its map cancels what is not begun
-        for path, array in zip(tensors, pool.map(partial(_read_and_put, put), tensors.items()), strict=True):
+        for path, array in zip(tensors, pool.map(read, tensors.items()), strict=True):
             node = params
             for key in path[:-1]:
                 node = node.setdefault(key, {})
@@ -80,9 +80,9 @@ def load_params(
     return params
 
 
-def _read_and_put(put: Callable[[np.ndarray], Any], item: tuple[Path, Tensor]) -> Any:
+def _read_and_put(put: Callable[[np.ndarray], Any], memory: WeightMemory, item: tuple[Path, Tensor]) -> Any:
     path, tensor = item
-    return put(read_array(to_name(path), tensor))
+    return put(read_array(to_name(path), tensor, memory))
 
 
 def match(checkpoint: Checkpoint, expected: Mapping[Path, tuple[int, ...]]) -> dict[Path, Tensor]:
@@ -148,9 +148,9 @@ def _is_needed_head(checkpoint: Checkpoint, wanted: Mapping[str, Path], prefix: 
     return is_tied_model and has_own_head(checkpoint)
 
 
-def read_array(name: str, tensor: Tensor) -> np.ndarray:
+def read_array(name: str, tensor: Tensor, memory: WeightMemory) -> np.ndarray:
     """A tensor as a fresh aligned array; warns where it holds NaN or inf."""
-    flat = fresh_bytes(tensor.nbytes).view(tensor.dtype)
+    flat = memory.take(tensor.nbytes).view(tensor.dtype)
     for _ in CheckedTensor(tensor, name).chunks(flat):
         pass
     return flat.reshape(tensor.shape)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from flaxqwen.config import PretrainedConfig
+from flaxqwen.convert.memory import WeightMemory
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.names import to_name
 from flaxqwen.layout import TOWER
@@ -39,7 +40,7 @@ def draw_params(
 
     module.init draws alike, but in one program, which takes 20 s to compile at 24 layers; here each shape has one.
     """
-    key, whole = jax.random.key(seed), cast(Any, config)
+    key, whole, memory = jax.random.key(seed), cast(Any, config), WeightMemory()
     leaves: dict[ParamPath, jax.Array] = {}
     for path, shape in shapes.items():
         owner, leaf = path[-2:]
@@ -56,7 +57,7 @@ def draw_params(
             end = path[-2:] if TOWER not in path else (TOWER, *path[-2:])  # one program for all layers
             place = None if sharding is None else (end, sharding)
             draw = partial(_draw_normal, shape=shape, dtype=dtype, zero_row=zero_row, place=place)
-            leaves[path] = in_huge_pages(draw(own_key, stddev))  # no name keeps what was drawn beside its copy
+            leaves[path] = in_huge_pages(draw(own_key, stddev), memory)  # no name keeps what was drawn beside its copy
     return flax.traverse_util.unflatten_dict(leaves)
 
 

@@ -24,6 +24,7 @@ from flaxqwen.auto import language_model_class
 from flaxqwen.config import Qwen2AudioConfig, Qwen2Config, config_from_file
 from flaxqwen.convert import open_checkpoint, to_path
 from flaxqwen.convert.load import read_array
+from flaxqwen.convert.memory import WeightMemory
 from flaxqwen.convert.quantize import dequantized
 from flaxqwen.generation.config import GenerationConfig
 from flaxqwen.generation.inputs import check_input_ids
@@ -262,8 +263,10 @@ def load_torch(folder: Path, dtype: Dtype) -> Any:
         if checkpoint.format == "pytorch":
             return kind.from_pretrained(folder, **options)
         tensors = dequantized(checkpoint.tensors)
+        memory = WeightMemory()
         state = {
-            name: torch.from_numpy(read_array(name, tensor).astype(np.float32)) for name, tensor in tensors.items()
+            name: torch.from_numpy(read_array(name, tensor, memory).astype(np.float32))
+            for name, tensor in tensors.items()
         }
     return kind.from_pretrained(None, state_dict=state, **options)
 

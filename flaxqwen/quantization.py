@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxqwen.config import PretrainedConfig, Qwen2Config
+from flaxqwen.convert.memory import WeightMemory
 from flaxqwen.convert.names import Path as ParamPath
 from flaxqwen.convert.quantize import (
     SCALE,
@@ -56,13 +57,14 @@ def quantize_params(params: dict[str, Any], scheme: Scheme, sharding: Sharding |
     """
     stored = {} if sharding is None else sharding.stored_shapes(shapes_of(params))
     leaves: dict[ParamPath, jax.Array] = {}
+    memory = WeightMemory()
     for path, leaf in flax.traverse_util.flatten_dict(params).items():
         own = scheme_for(path, leaf.shape, scheme)
         if own is None:
             leaves[path] = leaf
         elif sharding is None:
             leaves[path], leaves[*path[:-1], SCALE] = quantize_weight(leaf, own)
-            leaves[path] = in_huge_pages(leaves[path])
+            leaves[path] = in_huge_pages(leaves[path], memory)
         else:
             leaves |= quantize_onto(sharding, path, sharding.undo(path, leaf, sharding.source(path, stored)), own)
     return flax.traverse_util.unflatten_dict(leaves)

@@ -28,9 +28,10 @@ from flaxqwen import (
 )
 from flaxqwen.auto import param_shapes
 from flaxqwen.convert import to_name, to_path
-from flaxqwen.convert.memory import HUGE_PAGE
+from flaxqwen.convert.memory import SMALLEST
 from flaxqwen.sharding import Sharding, make_mesh
 from tests.conftest import find_shared
+from tests.pages import flags_at, has_huge_pages
 from tests.reference import leaves_of, random_ids, tiny, torch
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": 157, "pad_token_id": 11}
@@ -47,14 +48,16 @@ COUNTS = {
 }
 
 
-def test_large_weights_lie_in_huge_pages():
-    """Drawn and quantized ones, as a checkpoint's do (tests/convert/test_memory.py): all 9 weights, or two in int8."""
+@has_huge_pages
+def test_weights_lie_in_huge_pages(tmp_path: Path):
+    """All 9, drawn, quantized and read from a checkpoint; no norms and biases."""
     config = Qwen2Config(vocab_size=4100, hidden_size=1024, intermediate_size=1030, num_hidden_layers=1)
-    for scheme, count in ((None, 9), ("int8", 2)):
-        leaves = jax.tree.leaves(AutoModelForCausalLM.from_config(config, dtype="bfloat16", quantize=scheme).params)
-        large = [leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.nbytes >= HUGE_PAGE]
-        assert len(large) == count
-        assert all(address % HUGE_PAGE == 0 for address in large)
+    models = [AutoModelForCausalLM.from_config(config, dtype="bfloat16", quantize=scheme) for scheme in (None, "int8")]
+    models[0].save_pretrained(tmp_path)
+    for model in (*models, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        weights = [leaf for leaf in jax.tree.leaves(model.params) if leaf.nbytes >= SMALLEST]
+        assert len(weights) == 9
+        assert all("hg" in flags_at(weight.unsafe_buffer_pointer()) for weight in weights)
 
 
 def test_large_weights_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch):

@@ -18,6 +18,7 @@ from flaxqwen.auto import param_shapes
 from flaxqwen.cli import main
 from flaxqwen.convert import CheckpointError, convert, open_checkpoint, to_path
 from flaxqwen.convert.load import read_array
+from flaxqwen.convert.memory import WeightMemory
 from flaxqwen.convert.quantize import dequantized, quantize_rows, quantized
 from flaxqwen.generation import loop
 from flaxqwen.generation.inputs import Inputs, make_prompt
@@ -255,18 +256,18 @@ def test_a_new_head_is_not_quantized(plain: Path):
 
 def test_weights_in_pieces_and_back(tmp_path: Path, rng: np.random.Generator):
     """Rows that straddle the chunks in which files are read: 2.6 MB of bfloat16 in rows of 1,280 values."""
-    weight = rng.standard_normal((1024, 1280)).astype(ml_dtypes.bfloat16)
+    weight, memory = rng.standard_normal((1024, 1280)).astype(ml_dtypes.bfloat16), WeightMemory()
     safetensors.numpy.save_file({"a_proj.weight": weight}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
         for scheme in SCHEMES:
             tensors = quantized(checkpoint.tensors, scheme)
-            arrays = {name: read_array(name, tensor) for name, tensor in tensors.items()}
+            arrays = {name: read_array(name, tensor, memory) for name, tensor in tensors.items()}
             values, scale = quantize_rows(weight.astype(np.float32), scheme)
             np.testing.assert_array_equal(arrays["a_proj.weight"], values)
             np.testing.assert_array_equal(arrays["a_proj.weight_scale"], scale)
             (back,) = dequantized(tensors).values()
             want = decode(arrays, "a_proj.weight").astype(np.float32)
-            np.testing.assert_allclose(read_array("a_proj.weight", back), want, rtol=1e-6)
+            np.testing.assert_allclose(read_array("a_proj.weight", back, memory), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
