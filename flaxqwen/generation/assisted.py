@@ -204,7 +204,7 @@ def run(
     if cache is not None and copies > 1:
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
         draft_request = request
-    choice = make_choice(request, options, copies, model.config.get_text_config().vocab_size, control)
+    choice = make_choice(model, request, options, copies, control)
     keep = {name: value for name, value in kept(options).items() if name != "keep_states"}
     room = options.max_new_tokens + (K + 1) * (1 + rounds * (1 + ahead))
     rows, first = start(loop.prefill, model, request, choice, cache, room, options, copies=copies, **keep)

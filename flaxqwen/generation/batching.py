@@ -37,9 +37,10 @@ from flaxqwen.generation.inputs import (
 )
 from flaxqwen.generation.loop import Variables, run_model, settled
 from flaxqwen.generation.processors import LogitsProcessor, build_processors, pad_ids
-from flaxqwen.generation.sampling import Criterion, draw, first_largest, keys_alone, process
+from flaxqwen.generation.sampling import Criterion, draw, keys_alone, process
 from flaxqwen.generation.stopping import make_stopping
 from flaxqwen.ops.cpu import jit_in_order
+from flaxqwen.ops.largest import first_largest
 
 Key = TypeVar("Key")
 Layers = tuple[LayerCache, ...]

@@ -61,7 +61,7 @@ def run_custom(
         raise ValueError("regex and json_schema cannot go with custom_generate: they are part of the compiled loop")
     copies = max(options.num_beams, options.num_return_sequences)
     expanded = request.repeat(copies)
-    choice = make_choice(request, options, copies, model.config.get_text_config().vocab_size, control)
+    choice = make_choice(model, request, options, copies, control)
     if isinstance(model.config, Qwen2AudioConfig) and arguments["input_features"] is not None:
         clips = (arguments["input_features"], arguments["feature_attention_mask"])
         arguments |= repeat_clips(request.input_ids, model.config.audio_token_index, *clips, copies)

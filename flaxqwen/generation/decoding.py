@@ -46,6 +46,7 @@ from flaxqwen.generation.processors import (
 )
 from flaxqwen.generation.sampling import TokenChoice
 from flaxqwen.generation.stopping import HostCriteria, Stopping
+from flaxqwen.sharding import module_sharding
 
 # (steps per program, programs dispatched before the first is read). On a CPU the host is the device: nothing is won by
 # running ahead, and up to a program's steps are lost at the end of a sequence.
@@ -102,7 +103,7 @@ def run(
     copies = options.num_return_sequences
     if cache is not None and copies > 1:  # the rows must part before the shared prompt is run: the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
-    choice = make_choice(request, options, copies, model.config.get_text_config().vocab_size, control)
+    choice = make_choice(model, request, options, copies, control)
     keep = kept(options)
     ask = HostCriteria(stopping.host, request.repeat(copies).input_ids, options.max_new_tokens, options.output_scores)
     room, length = options.max_new_tokens + steps, request.length
@@ -226,9 +227,10 @@ def cut(output: Any, most: int) -> Any:
 
 
 def make_choice(
-    request: Inputs, options: ResolvedConfig, copies: int, vocab_size: int, control: Control
+    model: CausalLM, request: Inputs, options: ResolvedConfig, copies: int, control: Control
 ) -> TokenChoice:
     """The processors that are asked for, the draw, and what ends a row."""
+    vocab_size = model.config.get_text_config().vocab_size
     build = partial(build_processors, options, request.input_ids, request.prompt_mask, copies, vocab_size)
     processors: tuple[Any, ...] = build(custom=control.processors)
     if control.allowed is not None:
@@ -248,4 +250,5 @@ def make_choice(
         guidance=None if request.guided is None else np.float32(options.guidance_scale),
         grammar=control.grammar,
         do_sample=options.do_sample,
+        on_one_device=module_sharding(model.module) is None,
     )

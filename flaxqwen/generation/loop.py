@@ -19,7 +19,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxqwen.cache import KVCache, init_cache
-from flaxqwen.generation.sampling import TokenChoice, advance, choose, constrain, fill_finished, guide, process, stopped
+from flaxqwen.generation.sampling import (
+    TokenChoice,
+    advance,
+    choose,
+    constrain,
+    fill_finished,
+    guide,
+    is_plain,
+    process,
+    stopped,
+)
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 from flaxqwen.models.qwen2_audio import ENCODER_PARTS
 from flaxqwen.ops.cpu import jit_in_order
@@ -296,10 +306,12 @@ def _extend(
     keep_top: int | None,
 ) -> tuple[DecodeState, StepOutput]:
     """Choose the next token of each row from logits [B, V], and append it."""
+    narrow = logits
     logits, scores = guide(choice, logits.astype(jnp.float32))
     scores = constrain(choice, scores, state.automaton)
     scores = process(choice.processors, state.input_ids, scores, state.cur_len)
-    state, tokens = append(state, choice, scores)
+    # To widen the logits of 151,936 tokens takes 0.1 to 0.5 ms on a CPU.
+    state, tokens = append(state, choice, scores, narrow if is_plain(choice) else None)
     kept = scores if keep_scores else None, logits if keep_logits else None
     output = StepOutput(tokens, state.finished, *kept, logprobs=log_probs(logits, tokens, keep_top))
     return state, output.replace(**of_prompts(states, tokens))
@@ -320,10 +332,15 @@ def of_prompts(states: States, tokens: jax.Array) -> States:
     return jax.tree.map(lambda a: a[: tokens.shape[0]], states)
 
 
-def append(state: DecodeState, choice: TokenChoice, scores: jax.Array) -> tuple[DecodeState, jax.Array]:
-    """The state with the next token of each row in it, and those tokens [B], from processed scores [B, V]."""
+def append(
+    state: DecodeState, choice: TokenChoice, scores: jax.Array, ranked: jax.Array | None = None
+) -> tuple[DecodeState, jax.Array]:
+    """The state with the next token of each row in it, and those tokens [B], from processed scores [B, V].
+
+    ranked: [B, V] of another dtype in the same order, of which the token is chosen. None: the scores.
+    """
     position, cur_len = state.position + 1, state.cur_len + 1
-    tokens = choose(choice, scores, position[: scores.shape[0]])
+    tokens = choose(choice, scores if ranked is None else ranked, position[: scores.shape[0]])
     tokens = fill_finished(choice, tokens, state.finished)
     input_ids = jax.lax.dynamic_update_slice_in_dim(state.input_ids, tokens[:, None], state.cur_len, axis=1)
     finished = state.finished | stopped(choice, input_ids, scores, cur_len, tokens)

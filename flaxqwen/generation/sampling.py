@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from flaxqwen.generation.grammar import Grammar
 from flaxqwen.generation.processors import LogitsProcessor
+from flaxqwen.ops.largest import first_largest
 
 DRAW_BLOCK = 512  # tokens: about the root of the vocabulary
 
@@ -37,6 +38,7 @@ class TokenChoice(flax.struct.PyTreeNode):
       the negative prompts. None: there is none.
     grammar: what all new text must match; None: anything.
     do_sample: draw, or take the highest score.
+    on_one_device: whether the model has no Sharding, so that a CPU may look for it by our kernel.
     """
 
     processors: tuple[LogitsProcessor, ...]
@@ -47,6 +49,7 @@ class TokenChoice(flax.struct.PyTreeNode):
     guidance: ArrayLike | None = None
     grammar: Grammar | None = None
     do_sample: bool = flax.struct.field(pytree_node=False, default=False)
+    on_one_device: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def process(
@@ -57,6 +60,11 @@ def process(
     for processor in processors:
         scores = processor(input_ids, scores, cur_len)
     return scores
+
+
+def is_plain(choice: TokenChoice) -> bool:
+    """Whether the token that is chosen is the one with the highest of the logits as they are."""
+    return not (choice.do_sample or choice.processors) and choice.guidance is None and choice.grammar is None
 
 
 def guide(choice: TokenChoice, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -91,7 +99,9 @@ def advance(choice: TokenChoice, automaton: jax.Array | None, tokens: jax.Array)
 def choose(choice: TokenChoice, scores: jax.Array, position: jax.Array) -> jax.Array:
     """[B] int32: the next token of each row, from scores [B, V]; drawn by the keys of its position [B], or highest."""
     scores = with_end(choice, scores)
-    return draw(row_keys(choice, position), scores) if choice.do_sample else first_largest(scores)
+    if choice.do_sample:
+        return draw(row_keys(choice, position), scores)
+    return first_largest(scores, choice.on_one_device)
 
 
 def row_keys(choice: TokenChoice, position: jax.Array) -> jax.Array:
@@ -130,16 +140,6 @@ def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     total = jnp.cumsum(weights, axis=-1)
     passed = (total > uniform[:, None] * total[:, -1:]) & (weights > 0)  # rounding may lift the sum at a 0
     return jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), jnp.argmax(weights, axis=-1))
-
-
-def first_largest(scores: jax.Array) -> jax.Array:
-    """argmax over the last axis of [B, V], as [B] int32; a row with a NaN gives the last id.
-
-    Two plain reductions: XLA's own argmax takes 8 ms on CPU at V = 151,936 and B = 8, these 0.9.
-    """
-    last = scores.shape[-1] - 1
-    largest = scores == jnp.max(scores, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(largest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
 
 
 def fill_finished(choice: TokenChoice, tokens: jax.Array, finished: jax.Array) -> jax.Array:

@@ -71,7 +71,7 @@ def search(
     begun, seconds = time.monotonic(), control.stopping.seconds
     steps, ahead = (1, 0) if control.stepwise else CHUNK.get(platform(model.params), DEFAULT_CHUNK)
     programs: Any = HostSteps(control.stopping.host, options.output_scores) if control.stepwise else beam
-    choice = make_beam_choice(request, options, control, model.config.get_text_config().vocab_size)
+    choice = make_beam_choice(model, request, options, control)
     copies = options.num_beams
     if cache is not None:  # the rows must part before the rest of the prompt is run: the cache is donated
         request, cache, copies = request.repeat(copies), repeat_cache(cache, copies=copies), 1
@@ -94,11 +94,11 @@ def search(
     return _result(state, outputs, options, request)
 
 
-def make_beam_choice(request: Inputs, options: ResolvedConfig, control: Control, vocab_size: int) -> BeamChoice:
+def make_beam_choice(model: CausalLM, request: Inputs, options: ResolvedConfig, control: Control) -> BeamChoice:
     """The options in the program's terms."""
     M, ends = options.num_beams, max(len(options.eos_token_id), 1)
     return BeamChoice(
-        token=make_choice(request, options, M, vocab_size, control),
+        token=make_choice(model, request, options, M, control),
         prompt_length=np.int32(request.input_ids.shape[1]),
         max_length=np.int32(options.max_length),
         prompt_slots=np.int32(request.length),
@@ -107,7 +107,7 @@ def make_beam_choice(request: Inputs, options: ResolvedConfig, control: Control,
         stop_when_full=np.bool_(options.early_stopping is True),
         never=np.bool_(options.early_stopping == "never"),
         beams=M,
-        candidates=min((1 + bucket(ends, 1)) * M, M * vocab_size),
+        candidates=min((1 + bucket(ends, 1)) * M, M * model.config.get_text_config().vocab_size),
     )
 
 

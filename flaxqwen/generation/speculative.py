@@ -27,7 +27,6 @@ from flaxqwen.generation.sampling import (
     advance,
     constrain,
     draw,
-    first_largest,
     process,
     row_keys,
     stopped,
@@ -35,6 +34,7 @@ from flaxqwen.generation.sampling import (
 )
 from flaxqwen.models.outputs import CausalLMOutputWithPast
 from flaxqwen.ops.cpu import jit_in_order
+from flaxqwen.ops.largest import first_largest
 
 DRAFTED, ACCEPTED = 1, 2  # what a row's key is folded with, besides the draw itself
 
@@ -160,7 +160,7 @@ def draft(
             keys = jax.vmap(partial(jax.random.fold_in, data=DRAFTED))(row_keys(token, rows.position + 1 + i))
             tokens = draw(keys, scores)
         else:
-            tokens = first_largest(scores)
+            tokens = first_largest(scores, token.on_one_device)
         drafts = Drafts(
             jax.lax.dynamic_update_index_in_dim(drafts.tokens, tokens, i, axis=1),
             jax.lax.dynamic_update_index_in_dim(drafts.scores, scores, i, axis=1),
@@ -309,7 +309,7 @@ def judge(
     token, weight = choice.token, jnp.asarray(choice.weight)
     keys = row_keys(token, position)
     if draft_scores is None:  # what plain decoding chooses, by the same draw
-        own = draw(keys, scores) if token.do_sample else first_largest(scores)
+        own = draw(keys, scores) if token.do_sample else first_largest(scores, token.on_one_device)
         return own, proposed & (own == drafts)
     p, q = jax.nn.softmax(scores), jax.nn.softmax(draft_scores)
     if not token.do_sample:

@@ -65,7 +65,7 @@ def run_programs(call: Call) -> None:
         raise ValueError(f"warmup() does not cover {', '.join(refused)}: call generate() itself once")
     steps, _ = CHUNK.get(platform(model.params), DEFAULT_CHUNK)
     copies, keep = options.num_return_sequences, kept(options)
-    choice = make_choice(request, options, copies, model.config.get_text_config().vocab_size, control)
+    choice = make_choice(model, request, options, copies, control)
     room = options.max_new_tokens + steps
     state, _ = start(loop.prefill, model, request, choice, None, room, options, copies=copies, **keep)
     seen: set[int | None] = set()

@@ -146,7 +146,7 @@ def begin(ours, ids, mask, **changes):
     given = KEEP | {"num_beams": 4, "max_new_tokens": NEW, "eos_token_id": EOS["several"]} | changes
     options = resolve(GenerationConfig(), None, given, input_length=ids.shape[1], max_position_embeddings=2048)
     request = inputs.Inputs(ids, mask.astype(bool))
-    choice = search.make_beam_choice(request, options, Control(Stopping()), VOCAB)
+    choice = search.make_beam_choice(ours, request, options, Control(Stopping()))
     keep = {"keep_scores": options.output_scores, "keep_logits": options.output_logits}
     state, _ = decoding.start(beam.prefill, ours, request, choice, None, NEW + 4, copies=4, **keep)
     return choice, state.replace(cache=state.cache.replace(bound=512)), keep

@@ -9,7 +9,6 @@ import pytest
 
 from flaxqwen.generation import decoding, inputs, loop
 from flaxqwen.generation.config import GenerationConfig
-from flaxqwen.generation.sampling import first_largest
 from flaxqwen.generation.stopping import Stopping
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
@@ -183,15 +182,6 @@ def test_num_return_sequences_are_rows_of_their_prompts(rng, tiny_models):
     assert len({tuple(row[5:]) for row in got}) > 2
 
 
-def test_first_largest_is_argmax(rng):
-    """Ties give the first, as torch's and numpy's; a row of -inf its first id."""
-    scores = np.round(rng.standard_normal((6, 300)) * 2).astype(np.float32)
-    scores[0] = -np.inf
-    scores[1, rng.random(300) < 0.5] = -np.inf
-    np.testing.assert_array_equal(first_largest(jnp.asarray(scores)), scores.argmax(-1))
-    assert first_largest(jnp.full((1, 5), jnp.nan)) == 4
-
-
 class Recorder:
     def __init__(self):
         self.values, self.ended = [], False
@@ -272,7 +262,7 @@ def test_the_cache_is_updated_in_place(tiny_models):
     options = resolve(GenerationConfig(), None, {"max_new_tokens": 8}, input_length=6, max_position_embeddings=2048)
     request = inputs.Inputs(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
     keep = {"keep_scores": False, "keep_logits": False}
-    choice = decoding.make_choice(request, options, 1, 331, decoding.Control(Stopping()))
+    choice = decoding.make_choice(mine, request, options, 1, decoding.Control(Stopping()))
     prompt = inputs.make_prompt(request, 32, 2048)
     state, _ = loop.prefill(
         mine.module,

@@ -1,4 +1,4 @@
-// What the kernels share: vectors, products of few rows, and work on several threads.
+// What the kernels share: vectors, and products of few rows.
 //
 // setup.py builds all for CPUs with AVX2, for those with AVX-512 and its bfloat16, and for those with AMX beside them.
 
@@ -7,16 +7,13 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 
-#include "xla/ffi/api/ffi.h"
+#include "threads.h"
 
 #define INLINE inline __attribute__((always_inline))
-
-namespace ffi = xla::ffi;
 
 // How far ahead of its use memory is asked for, in bytes.
 #ifdef __AMX_TILE__
@@ -26,10 +23,6 @@ constexpr int kAhead = 1024;
 // 6 to 16 KB are alike, 4 KB takes 10% longer (Zen 5).
 constexpr int kAhead = 8192;
 #endif
-constexpr int kCacheLine = 64;
-// How often a thread that is done looks whether the others are, some 0.5 ms, before it sleeps: to be woken takes longer
-// than most of them have left (8 rows, Zen 5: 15% of a product).
-constexpr int kTurns = 20000;
 // Vectors in a turn of the inner loop.
 constexpr int kVectors = 4;
 
@@ -218,27 +211,4 @@ void multiply(const void* weight_data, const void* x_data, void* y_data, Shape s
     for (; o + several <= end; o += several)
       multiply_rows<Products, kMostRows, several>(weight + o * shape.in, x, y + o, shape);
   for (; o < end; o++) multiply_rows<Products, kMostRows, 1>(weight + o * shape.in, x, y + o, shape);
-}
-
-// Calls run(part) once for each of a number of parts, on the pool's threads and on this one, which takes what no other
-// has begun: it never waits for a thread that is not there. A thread that comes late finds nothing to run.
-template <typename Run>
-void in_parts(ffi::ThreadPool& pool, int64_t parts, Run run) {
-  struct Progress {
-    alignas(kCacheLine) std::atomic<int64_t> begun{0};
-    alignas(kCacheLine) std::atomic<int64_t> left;
-  };
-  auto progress = std::make_shared<Progress>();
-  progress->left = parts;
-  auto work = [=] {
-    for (int64_t part; (part = progress->begun++) < parts;) {
-      run(part);
-      if (--progress->left == 0) progress->left.notify_one();
-    }
-  };
-  int64_t threads = std::min(parts, pool.num_threads());
-  for (int64_t thread = 1; thread < threads; thread++) pool.Schedule([work] { work(); });
-  work();
-  for (int turn = 0; turn < kTurns && progress->left != 0; turn++) _mm_pause();
-  for (int64_t left; (left = progress->left) != 0;) progress->left.wait(left);
 }
