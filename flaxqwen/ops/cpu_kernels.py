@@ -17,7 +17,7 @@ from sysconfig import get_config_var
 import jax
 
 FOLDER = Path(__file__).with_name("cpp")
-HANDLERS = ("Products", "DecodeAttention", "PrefillAttention", "FirstLargest")
+HANDLERS = ("Products", "GatedProducts", "DecodeAttention", "PrefillAttention", "FirstLargest")
 
 
 def _register() -> tuple[str, ...]:

@@ -6,18 +6,21 @@ weight to float32, then dot" unless the conversion fuses into the dot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from flaxqwen.convert.quantize import SCALE
+from flaxqwen.ops.activations import ACTIVATION
 from flaxqwen.ops.cpu import HAS_AMX, HAS_AVX512, contract_one_row, rows_of, tangent_of_product
 from flaxqwen.ops.lora import adapt_embedding, adapt_linear
-from flaxqwen.ops.products import contract_natively, kernel_serves
+from flaxqwen.ops.products import Arrays, contract_natively, gate_natively, kernel_serves, serves_together
 from flaxqwen.ops.quantized import contract_quantized
 from flaxqwen.sharding import Sharding, constrain
 
@@ -135,19 +138,71 @@ class Linear(nn.Module):
     by_rows: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., in] -> [..., out]."""
+    def __call__(self, x: jax.Array, product: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out]. product: x W^T, where it is there already (see project)."""
         x = x.astype(self.dtype or x.dtype)
         weight, scale = weight_of(self, (self.features, x.shape[-1]), self.stddev, self.param_dtype)
         is_alone = self.sharding is None
-        if self.by_rows and scale is None and not (is_alone and kernel_serves(x, weight)):
-            y = product = contract_by_rows(x, weight)
+        if product is not None:
+            pass
+        elif self.by_rows and scale is None and not (is_alone and kernel_serves(x, weight)):
+            product = contract_by_rows(x, weight)
         else:
-            y = product = contract(x, weight, scale, is_alone)
+            product = contract(x, weight, scale, is_alone)
+        y = product
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)
         return adapt_linear(self, x, product, y)
+
+
+def _operands(layers: Sequence[Linear], x: jax.Array) -> tuple[Arrays, Arrays] | None:
+    """The weights of several layers, and the scales of quantized ones, where one call of a kernel takes x with them."""
+
+    def of_all(name: str) -> Arrays:
+        found: list[Any] = [
+            layer.get_variable("params", name) for layer in layers if layer.has_variable("params", name)
+        ]
+        return tuple(map(jnp.asarray, found))
+
+    weights = of_all("weight")
+    if len(weights) < len(layers) or any(layer.sharding is not None or layer.by_rows for layer in layers):
+        return None
+    return (weights, tuple(scale[:, 0] for scale in of_all(SCALE))) if serves_together(x, weights) else None
+
+
+def project(layers: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
+    """What each of some layers of one dtype makes of x [..., in]; of a few rows by one call of our kernel for all.
+
+    0.5B's q, k and v take 88 us a layer so, of one row of bfloat16, and 123 in three calls, between which threads wait
+    for each other.
+    """
+    x = x.astype(layers[0].dtype or x.dtype)
+    if (operands := _operands(layers, x)) is None:
+        return [layer(x) for layer in layers]
+    weights, scales = operands
+    products = contract_natively(x, weights, jnp.float32 if scales else x.dtype)
+    if scales:
+        products = (products * jnp.concatenate(scales)).astype(x.dtype)
+    ends = np.cumsum([layer.features for layer in layers])
+    return [layer(x, part) for layer, part in zip(layers, jnp.split(products, ends[:-1], axis=-1), strict=True)]
+
+
+def project_gated(gate: Linear, up: Linear, activation: str, x: jax.Array) -> jax.Array:
+    """activation(gate(x)) * up(x), x [..., in] -> [..., out]; of a few rows by one call of our kernel.
+
+    Not where something is added to the products, or somebody looks at them.
+    """
+    x, layers = x.astype(gate.dtype or x.dtype), (gate, up)
+    is_bare = not any(
+        layer.use_bias or layer.has_variable("lora", "adapters") or layer.is_mutable_collection("intermediates")
+        for layer in layers
+    )
+    operands = _operands(layers, x) if is_bare and ACTIVATION[activation] is ACTIVATION["silu"] else None
+    if operands is not None:
+        return gate_natively(x, *operands)
+    gated, other = project(layers, x)
+    return ACTIVATION[activation](gated) * other
 
 
 class Embed(nn.Module):

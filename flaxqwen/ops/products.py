@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from flaxqwen.ops import cpu_kernels
+from flaxqwen.ops.activations import ACTIVATION
 from flaxqwen.ops.cpu import rows_of, tangent_of_product
 
 # Up to so many rows it is faster than XLA's products. 24 weights of 4,864 x 896 in bfloat16 on 2 cores of a Zen 5: 16
@@ -27,6 +29,9 @@ FLOAT32_ROWS = 8
 TILE_ROWS, SPLIT_ROWS = 64, 17
 # What the width of a weight is a multiple of, then.
 TILE_WIDTH = {np.dtype(jnp.float32): 32, np.dtype(jnp.bfloat16): 32, np.dtype(jnp.int8): 64}
+
+Arrays = tuple[jax.Array, ...]
+Weights = jax.Array | Arrays
 
 # What remat knows the kernel's products by, which are no dots.
 PRODUCT = "product"
@@ -49,8 +54,18 @@ def kernel_serves(x: jax.Array, weight: jax.Array) -> bool:
     return rows >= 1 and (in_tiles or rows <= KERNEL_ROWS)
 
 
+def serves_together(x: jax.Array, weights: Sequence[jax.Array]) -> bool:
+    """Whether a kernel takes x [..., in] and several weights [out, in] at once, which pays at a few rows."""
+    return rows_of(x) <= KERNEL_ROWS and all(w.dtype == weights[0].dtype and kernel_serves(x, w) for w in weights)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """x [..., in] as [rows, in]; in float32 for AVX2, whose products are: the weight is widened as it is read."""
+    return x.reshape(-1, x.shape[-1]).astype(jnp.float32 if cpu_kernels.INSTRUCTIONS == "avx2" else x.dtype)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def contract_by_kernel(x: jax.Array, weight: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+def contract_by_kernel(x: jax.Array, weight: Weights, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """x [..., in] times weight [out, in] over `in`, on a CPU -> [..., out], the sums in float32, or exact.
 
     A row's result is the same to the last bit whatever rows stand beside it. By AMX so it is of int8 among up to
@@ -58,32 +73,72 @@ def contract_by_kernel(x: jax.Array, weight: jax.Array, dtype: DTypeLike = jnp.f
     infinity, and what bfloat16 rounds to it, makes NaN.
 
     Args:
+      weight: or a tuple of some, whose outputs then follow each other.
       dtype: of the result, float32; or bfloat16, if x and the weight are.
     """
-    # With AVX2 products are of float32: the few rows are widened once, the weight as it is read.
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32 if cpu_kernels.INSTRUCTIONS == "avx2" else x.dtype)
-    y = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), dtype)
-    return cpu_kernels.call("Products", y, rows, weight).reshape(*x.shape[:-1], -1)
+    rows, weights = _rows(x), jax.tree.leaves(weight)
+    y = jax.ShapeDtypeStruct((rows.shape[0], sum(each.shape[0] for each in weights)), dtype)
+    return cpu_kernels.call("Products", y, rows, *weights).reshape(*x.shape[:-1], -1)
 
 
 @partial(contract_by_kernel.defjvp, symbolic_zeros=True)
 def _contract_by_kernel_jvp(
     dtype: DTypeLike, primals: tuple[Any, Any], tangents: tuple[Any, Any]
 ) -> tuple[jax.Array, jax.Array]:
-    y = contract_by_kernel(*primals, dtype)
-    return y, tangent_of_product(lambda x, weight: contract_wide(x, weight).astype(dtype), primals, tangents, y)
+    (x, weight), (dx, dweight) = primals, tangents
+    y = contract_by_kernel(x, weight, dtype)
+    weights, dweights = (weight, dweight) if isinstance(weight, tuple) else ((weight,), (dweight,))
+    ends = np.cumsum([each.shape[0] for each in weights])
+    parts = [
+        tangent_of_product(lambda x, weight: contract_wide(x, weight).astype(dtype), (x, each), (dx, deach), part)
+        for each, deach, part in zip(weights, dweights, jnp.split(y, ends[:-1], axis=-1), strict=True)
+    ]
+    return y, jnp.concatenate(parts, axis=-1)
 
 
-def contract_natively(x: jax.Array, weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+def contract_natively(x: jax.Array, weight: Weights, dtype: DTypeLike) -> jax.Array:
     """contract_by_kernel, and elsewhere than on a CPU contract_wide, under the name that remat knows it by."""
 
-    def kernel(x: jax.Array, weight: jax.Array) -> jax.Array:
+    def kernel(x: jax.Array, weight: Weights) -> jax.Array:
         return contract_by_kernel(x, weight, dtype)
 
-    def plain(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return contract_wide(x, weight).astype(dtype)
+    def plain(x: jax.Array, weight: Weights) -> jax.Array:
+        return jnp.concatenate([contract_wide(x, each).astype(dtype) for each in jax.tree.leaves(weight)], axis=-1)
 
     return checkpoint_name(jax.lax.platform_dependent(x, weight, cpu=kernel, default=plain), PRODUCT)
+
+
+@jax.custom_jvp
+def gate_by_kernel(x: jax.Array, weights: Arrays, scales: Arrays) -> jax.Array:
+    """silu(x gate^T) * (x up^T) on a CPU, of a few rows: x [..., in] -> [..., out] in x's dtype.
+
+    Args:
+      weights: gate and up, [out, in] each.
+      scales: () or, of weights of int8, theirs, [out] float32 each.
+    """
+    rows = _rows(x)
+    y = jax.ShapeDtypeStruct((rows.shape[0], weights[0].shape[0]), x.dtype)
+    return cpu_kernels.call("GatedProducts", y, rows, *weights, *scales).reshape(*x.shape[:-1], -1)
+
+
+def gate_plainly(x: jax.Array, weights: Arrays, scales: Arrays) -> jax.Array:
+    """The same as operations of XLA's."""
+    products = [contract_wide(x, weight) for weight in weights]
+    if scales:
+        products = [product * scale for product, scale in zip(products, scales, strict=True)]
+    left, right = (product.astype(x.dtype) for product in products)
+    return ACTIVATION["silu"](left) * right
+
+
+@gate_by_kernel.defjvp
+def _gate_by_kernel_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    _, tangent = jax.jvp(gate_plainly, primals, tangents)
+    return gate_by_kernel(*primals), tangent
+
+
+def gate_natively(x: jax.Array, weights: Arrays, scales: Arrays) -> jax.Array:
+    """gate_by_kernel, and elsewhere than on a CPU gate_plainly."""
+    return jax.lax.platform_dependent(x, weights, scales, cpu=gate_by_kernel, default=gate_plainly)
 
 
 def contract_wide(x: jax.Array, weight: jax.Array) -> jax.Array:

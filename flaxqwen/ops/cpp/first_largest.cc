@@ -53,7 +53,7 @@ ffi::Error first_largest(ffi::ThreadPool pool, ffi::AnyBuffer numbers, ffi::Resu
   const auto type = numbers.element_type();
   if (sizes.size() != 2 || sizes[1] == 0 || static_cast<int64_t>(places->element_count()) != sizes[0] ||
       (type != ffi::F32 && type != ffi::BF16))
-    return ffi::Error::InvalidArgument("first_largest: of numbers [rows, size], float32 or bfloat16, the places [rows]");
+    return ffi::Error::InvalidArgument("first_largest: numbers are [rows, size] of float32 or bfloat16, places [rows]");
   auto from = numbers.untyped_data();
   int32_t* to = places->typed_data();
   in_parts(pool, sizes[0], [=, size = sizes[1]](int64_t row) {

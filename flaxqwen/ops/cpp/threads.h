@@ -21,9 +21,9 @@ constexpr int kCacheLine = 64;
 // How often a thread that is done looks whether the others are, some 0.5 ms, before it sleeps: to be woken takes longer
 // than most of them have left (8 rows, Zen 5: 15% of a product).
 constexpr int kTurns = 20000;
-// How often one that has nothing to do looks for more: from one product of a decoding step to the next there are 2 to 30
-// us, and to wake a thread takes up to 50 on a virtual machine. It gives way to others now and then: the operations of
-// XLA's between the products have threads, too.
+// How often one that has nothing to do looks for more: from one product of a decoding step to the next there are 2 to
+// 30 us, and a thread that sleeps comes up to 50 late on a virtual machine (k of 0.5B: 17 us in place of 35). It gives
+// way to others now and then: the operations of XLA's between the products have threads, too.
 constexpr int kLingeringTurns = 3000, kTurnsToYield = 16;
 
 using Task = std::function<void()>;
