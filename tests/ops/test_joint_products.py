@@ -81,31 +81,42 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
+def error_bound(gate: np.ndarray, up: np.ndarray, of_gate: np.ndarray, of_up: np.ndarray, unit: float) -> np.ndarray:
+    """How far silu(gate) * up may be off, whose factors' sums are off by so much; all is rounded to a unit."""
+    gate_off = of_gate + unit * (np.abs(gate) + of_gate)
+    up_off = of_up + unit * (np.abs(up) + of_up)
+    left = np.abs(silu(gate))
+    left_off = 1.1 * gate_off  # the activation's slope is 1.0998 at most
+    left_off += unit * (left + left_off)
+    off = left_off * np.abs(up) + left * up_off + left_off * up_off
+    return off + unit * (left * np.abs(up) + off)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(1, 64), (40, 200), (300, 896)], ids=str)
 @pytest.mark.usefixtures("kernels_for")
 def test_gated(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], size: tuple[int, int]):
-    """Rounded where torch rounds: float32 to its own rounding; bfloat16 the same but for sums between two numbers."""
+    """Rounded where torch rounds: no number is further off than that allows, and nearly all are as numpy has them."""
     weights = tuple(drawn(rng, size, dtypes[1]) for _ in range(2))
     spread = 73 if dtypes[1] == INT8 else 1
     scales = tuple(np.abs(drawn(rng, size[:1], FLOAT32)) + 0.5 for _ in range(2)) if dtypes[1] == INT8 else ()
+    unit = 2**-22 if dtypes[0] == FLOAT32 else 2**-8  # of float32 also what the exponential function is off by
     for rows in (1, 3, 8, 16):
         x = (drawn(rng, (rows, size[1]), FLOAT32) / (spread * size[1] ** 0.5)).astype(dtypes[0])
         found = jax.jit(gate_by_kernel)(x, weights, scales)
         assert found.shape == (rows, size[0])
         assert found.dtype == dtypes[0]
-        gate, up = (x.astype(np.float64) @ weight.astype(np.float64).T for weight in weights)
+        wide, factors = x.astype(np.float64), [weight.astype(np.float64).T for weight in weights]
         if scales:
-            gate, up = gate * scales[0], up * scales[1]
-        if dtypes[0] == FLOAT32:
-            bound = 1e-6 * size[1] ** 0.5 * (1 + np.abs(gate)) * (1 + np.abs(up))
-            assert (np.abs(found - silu(gate) * up) <= bound).all()
-            continue
-        gate, up = (number.astype(BFLOAT16).astype(np.float64) for number in (gate, up))
-        wanted = (silu(gate).astype(BFLOAT16).astype(np.float64) * up).astype(BFLOAT16).astype(np.float64)
-        error = np.abs(np.asarray(found, np.float64) - wanted)
-        assert (error == 0).mean() > 0.95
-        assert (error <= 2**-7 * (2 + np.abs(gate)) * np.abs(wanted)).all()
+            factors = [factor * scale for factor, scale in zip(factors, scales, strict=True)]
+        gate, up = (wide @ factor for factor in factors)
+        sums_off = (1e-6 * (np.abs(wide) @ np.abs(factor)) for factor in factors)
+        error = np.abs(np.asarray(found, np.float64) - silu(gate) * up)
+        assert (error <= error_bound(gate, up, *sums_off, unit)).all()
+        gate, up = (number.astype(dtypes[0]).astype(np.float64) for number in (gate, up))
+        wanted = (silu(gate).astype(dtypes[0]).astype(np.float64) * up).astype(dtypes[0])
+        if dtypes[0] == BFLOAT16 and found.size > 1000:
+            assert (np.asarray(found) == wanted).mean() > 0.95
 
 
 @pytest.mark.usefixtures("kernels_for")
@@ -143,7 +154,7 @@ def test_a_row_alone_and_among_others(rng: np.random.Generator, dtypes: tuple[np
 @pytest.mark.usefixtures("kernels_for")
 def test_derivatives_of_gated(rng: np.random.Generator):
     """Of x and of both weights, reverse and forward; of x alone where they are int8."""
-    x, weights = drawn(rng, (4, 64), FLOAT32), tuple(drawn(rng, (40, 64), FLOAT32) for _ in range(2))
+    x, weights = drawn(rng, (4, 64), FLOAT32) / 8, tuple(drawn(rng, (40, 64), FLOAT32) for _ in range(2))
 
     def loss(function: object, x: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
         return jnp.sin(function(x, weights, ())).sum()
@@ -153,7 +164,7 @@ def test_derivatives_of_gated(rng: np.random.Generator):
         for function in (gate_by_kernel, gate_plainly)
     )
     for ours, plain in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
-        close(ours, plain, 1e-4)
+        close(ours, plain, 1e-5)
     integers, scales = tuple(drawn(rng, (40, 64), INT8) for _ in range(2)), (np.full(40, 0.01, np.float32),) * 2
     tangents = [
         jax.jit(lambda x, each=function: jax.jvp(lambda x: each(x, integers, scales), (x,), (x,))[1])(x)
