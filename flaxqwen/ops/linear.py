@@ -143,12 +143,9 @@ class Linear(nn.Module):
         x = x.astype(self.dtype or x.dtype)
         weight, scale = weight_of(self, (self.features, x.shape[-1]), self.stddev, self.param_dtype)
         is_alone = self.sharding is None
-        if product is not None:
-            pass
-        elif self.by_rows and scale is None and not (is_alone and kernel_serves(x, weight)):
-            product = contract_by_rows(x, weight)
-        else:
-            product = contract(x, weight, scale, is_alone)
+        if product is None:
+            by_rows = self.by_rows and scale is None and not (is_alone and kernel_serves(x, weight))
+            product = contract_by_rows(x, weight) if by_rows else contract(x, weight, scale, is_alone)
         y = product
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)

@@ -12,11 +12,11 @@ from flaxqwen import Qwen2Config
 from flaxqwen.models.qwen2 import Qwen2MLP
 from flaxqwen.ops.linear import Linear, project
 from flaxqwen.ops.lora import Adapter
-from flaxqwen.ops.products import KERNEL_ROWS, gate_by_kernel, gate_plainly
+from flaxqwen.ops.products import KERNEL_ROWS, gate_by_kernel
 from flaxqwen.quantization import quantize_weight
 from flaxqwen.sharding import Sharding, make_mesh
 from tests.ops.test_products import BFLOAT16, DTYPES, FLOAT32, INT8, built, drawn
-from tests.reference import close
+from tests.reference import close, torch
 
 
 class Three(nn.Module):
@@ -153,24 +153,24 @@ def test_a_row_alone_and_among_others(rng: np.random.Generator, dtypes: tuple[np
 
 @pytest.mark.usefixtures("kernels_for")
 def test_derivatives_of_gated(rng: np.random.Generator):
-    """Of x and of both weights, reverse and forward; of x alone where they are int8."""
+    """Of x and of both weights, by torch's in float64, and forward mode by numpy; of x alone where they are int8."""
     x, weights = drawn(rng, (4, 64), FLOAT32) / 8, tuple(drawn(rng, (40, 64), FLOAT32) for _ in range(2))
 
-    def loss(function: object, x: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
-        return jnp.sin(function(x, weights, ())).sum()
+    def loss(x: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.sin(gate_by_kernel(x, weights, ())).sum()
 
-    found, wanted = (
-        jax.jit(jax.grad(loss, (1, 2)), static_argnums=0)(function, x, weights)
-        for function in (gate_by_kernel, gate_plainly)
-    )
-    for ours, plain in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
-        close(ours, plain, 1e-5)
+    found = jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(x, weights))
+    leaves = [torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in (x, *weights)]
+    torch.sin(torch.nn.functional.silu(leaves[0] @ leaves[1].T) * (leaves[0] @ leaves[2].T)).sum().backward()
+    for ours, leaf in zip(found, leaves, strict=True):
+        close(ours, leaf.grad, 1e-5)
+
     integers, scales = tuple(drawn(rng, (40, 64), INT8) for _ in range(2)), (np.full(40, 0.01, np.float32),) * 2
-    tangents = [
-        jax.jit(lambda x, each=function: jax.jvp(lambda x: each(x, integers, scales), (x,), (x,))[1])(x)
-        for function in (gate_by_kernel, gate_plainly)
-    ]
-    close(*tangents, 1e-5)
+    _, tangent = jax.jit(lambda x: jax.jvp(lambda x: gate_by_kernel(x, integers, scales), (x,), (x,)))(x)
+    gate, up = (0.01 * x.astype(np.float64) @ array.astype(np.float64).T for array in integers)
+    sigmoid = 1 / (1 + np.exp(-gate))
+    slope = sigmoid * (1 + gate * (1 - sigmoid))  # along x itself, where the products' tangents are the products
+    close(tangent, slope * gate * up + silu(gate) * up, 1e-5)
 
 
 @built
