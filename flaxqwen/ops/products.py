@@ -29,6 +29,8 @@ FLOAT32_ROWS = 8
 TILE_ROWS, SPLIT_ROWS = 64, 17
 # What the width of a weight is a multiple of, then.
 TILE_WIDTH = {np.dtype(jnp.float32): 32, np.dtype(jnp.bfloat16): 32, np.dtype(jnp.int8): 64}
+# By AMX many rows of x are copied, so many at a time at most, and in blocks.
+COPIED_ROWS, COPIED_BLOCK = 4096, 32
 
 Arrays = tuple[jax.Array, ...]
 Weights = jax.Array | Arrays
@@ -64,6 +66,14 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1]).astype(jnp.float32 if cpu_kernels.INSTRUCTIONS == "avx2" else x.dtype)
 
 
+def _copy_bytes(rows: jax.Array) -> int:
+    """How much memory a product of x [rows, in] takes beside its result: that of three parts, if x is float32."""
+    if cpu_kernels.INSTRUCTIONS != "amx" or rows.shape[0] < SPLIT_ROWS:
+        return 0
+    blocks = -(-min(rows.shape[0], COPIED_ROWS) // COPIED_BLOCK)
+    return blocks * COPIED_BLOCK * rows.shape[1] * (6 if rows.dtype == jnp.float32 else 2)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def contract_by_kernel(x: jax.Array, weight: Weights, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """x [..., in] times weight [out, in] over `in`, on a CPU -> [..., out], the sums in float32, or exact.
@@ -77,8 +87,9 @@ def contract_by_kernel(x: jax.Array, weight: Weights, dtype: DTypeLike = jnp.flo
       dtype: of the result, float32; or bfloat16, if x and the weight are.
     """
     rows, weights = _rows(x), jax.tree.leaves(weight)
-    y = jax.ShapeDtypeStruct((rows.shape[0], sum(each.shape[0] for each in weights)), dtype)
-    return cpu_kernels.call("Products", y, rows, *weights).reshape(*x.shape[:-1], -1)
+    result = jax.ShapeDtypeStruct((rows.shape[0], sum(each.shape[0] for each in weights)), dtype)
+    y = cpu_kernels.call("Products", result, rows, *weights, lent=_copy_bytes(rows))
+    return y.reshape(*x.shape[:-1], -1)
 
 
 @partial(contract_by_kernel.defjvp, symbolic_zeros=True)

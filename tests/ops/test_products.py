@@ -100,6 +100,26 @@ def test_many_rows(rng: np.random.Generator, dtypes: tuple[np.dtype, np.dtype], 
     assert (np.abs(y - wide[0] @ wide[1]) <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("kernels_for", ["amx"], indirect=True)
+@pytest.mark.usefixtures("kernels_for")
+def test_memory_of_many_rows(rng: np.random.Generator, dtype: np.dtype):
+    """Rows are copied to a program's own memory, which products after each other share; too little is refused."""
+    x, weight = jnp.asarray(drawn(rng, (300, 256), dtype)), jnp.asarray(drawn(rng, (256, 256), dtype))
+    copy = 320 * 256 * (6 if dtype == FLOAT32 else 2)
+
+    def products(x: jax.Array, count: int) -> jax.Array:
+        for _ in range(count):
+            x = contract_by_kernel(x, weight, dtype)
+        return x
+
+    for count in (2, 9):
+        memory = jax.jit(products, static_argnums=1).lower(x, count).compile().memory_analysis()
+        assert copy <= memory.temp_size_in_bytes < copy + 2 * x.nbytes + 2**12  # and what lies between products
+    with pytest.raises(jax.errors.JaxRuntimeError, match="too little memory"):
+        cpu_kernels.call("Products", jax.typeof(x), x, weight, lent=copy - cpu_kernels.LINE - 1).block_until_ready()
+
+
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1003, 896])
 def test_a_row_does_not_depend_on_the_others(
@@ -246,8 +266,8 @@ def test_remat_keeps_products(rng: np.random.Generator, is_int8: bool):
 @pytest.mark.usefixtures("kernels_for")
 def test_mapped(rng: np.random.Generator):
     """Over x, over both, and over the weight alone."""
-    xs, weights = drawn(rng, (4, 2, 48), BFLOAT16), drawn(rng, (4, 32, 48), BFLOAT16)
-    for axes in ((0, None), (0, 0), (None, 0)):
+    for (rows, width), axes in itertools.product(((2, 48), (70, 64)), ((0, None), (0, 0), (None, 0))):
+        xs, weights = drawn(rng, (4, rows, width), BFLOAT16), drawn(rng, (4, 32, width), BFLOAT16)
         x, weight = xs if axes[0] == 0 else xs[0], weights if axes[1] == 0 else weights[0]
         found = jax.jit(jax.vmap(contract_by_kernel, axes))(x, weight)
         wide = x.astype(np.float64), weight.astype(np.float64).swapaxes(-1, -2)

@@ -31,6 +31,23 @@ struct alignas(kCacheLine) Line {
   uint32_t words[16];
 };
 
+// Memory that a program lends a kernel, as a result of bytes that nothing reads: XLA gives it what other operations do
+// not use meanwhile. Pieces of some MB from malloc lay scattered, for what lives longer had taken the ends of those
+// that were free: in the first 1,024 tokens of 0.5B in float32 they grew by 280 MB.
+struct Lent {
+  Line* lines = nullptr;
+  int64_t bytes = 0;
+
+  explicit Lent(ffi::RemainingRets results) {
+    auto result = results.get<ffi::AnyBuffer>(0);
+    if (!result.has_value()) return;
+    const auto address = reinterpret_cast<uintptr_t>((*result)->untyped_data());
+    const int64_t skipped = -address % kCacheLine;
+    lines = reinterpret_cast<Line*>(address + skipped);
+    bytes = static_cast<int64_t>((*result)->size_bytes()) - skipped;
+  }
+};
+
 struct bfloat16 {
   uint16_t bits;
 };

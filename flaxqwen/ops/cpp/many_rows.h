@@ -34,9 +34,12 @@ class ManyRows {
   static constexpr int64_t kBlocks = kRowsAtOnce / kColumns, kStride = kStepsAtOnce * kStep;
 
  public:
-  static bool take(int64_t in) { return in > 0 && in % kStep == 0; }
+  // Of the copy that fill() makes.
+  static int64_t bytes(int64_t rows, int64_t in) {
+    return (rows + kColumns - 1) / kColumns * kColumns * kParts * in * int64_t{sizeof(bfloat16)};
+  }
 
-  ManyRows(const Element* x, const Weight* weight, Result* y, Shape shape, int64_t threads)
+  ManyRows(const Element* x, const Weight* weight, Result* y, Shape shape, Line* lines, int64_t threads)
       : x_(x),
         weight_(weight),
         y_(y),
@@ -45,7 +48,7 @@ class ManyRows {
         blocks_((shape.rows + kColumns - 1) / kColumns),
         groups_((shape.rows + kRowsAtOnce - 1) / kRowsAtOnce),
         outputs_(outputs_of_part(threads)),
-        lines_(std::make_unique_for_overwrite<Line[]>(blocks_ * kParts * steps_ * kColumns)) {}
+        lines_(lines) {}
 
   int64_t blocks() const { return blocks_; }
   int64_t parts() const { return groups_ * ((shape_.out + outputs_ - 1) / outputs_); }
@@ -127,7 +130,7 @@ class ManyRows {
   }
 
   bfloat16* words_at(int64_t block, int64_t step) const {
-    return reinterpret_cast<bfloat16*>(lines_.get()) + (block * kParts * shape_.in + step * kStep) * kColumns;
+    return reinterpret_cast<bfloat16*>(lines_) + (block * kParts * shape_.in + step * kStep) * kColumns;
   }
 
   // Rows of the weight that come next: to widen 16 rows' weights of float32 then takes half the time.
@@ -159,7 +162,7 @@ class ManyRows {
   Shape shape_;
   // steps_: tiles of a row; blocks_: of kColumns rows; groups_: of kRowsAtOnce; outputs_: of a part.
   int64_t steps_, blocks_, groups_, outputs_;
-  std::unique_ptr<Line[]> lines_;  // [blocks, parts, steps, kColumns]
+  Line* lines_;  // [blocks, parts, steps, kColumns]
 };
 
 #endif

@@ -26,14 +26,22 @@ constexpr int64_t kManyRows = 65, kManyFloats = 17;
 // A copy of so many, at most, is made: 6 bytes of each number of float32.
 constexpr int64_t kMostRowsAtOnce = 4096;
 
-// False where there are too few rows, or of another width than it takes.
+// Not where there are too few rows, or of another width than it takes.
+template <typename Weight>
+bool are_many(Shape shape) {
+  return shape.rows >= (std::is_same_v<Weight, float> ? kManyFloats : kManyRows) && shape.in > 0 &&
+         shape.in % kStep == 0;
+}
+
+// False where too little memory is lent.
 template <typename Weight, typename Element, typename Result>
-bool multiply_many_rows(ffi::ThreadPool& pool, const void* weight, const Element* x, Result* y, Shape shape) {
+bool multiply_many_rows(ffi::ThreadPool& pool, const Element* x, const void* weight, Result* y, Shape shape,
+                        Lent lent) {
   using Rows = ManyRows<Weight, Element, Result>;
-  if (shape.rows < (std::is_same_v<Weight, float> ? kManyFloats : kManyRows) || !Rows::take(shape.in)) return false;
+  if (Rows::bytes(std::min(kMostRowsAtOnce, shape.rows), shape.in) > lent.bytes) return false;
   for (int64_t row = 0; row < shape.rows; row += kMostRowsAtOnce) {
     const Shape own{std::min(kMostRowsAtOnce, shape.rows - row), shape.in, shape.out};
-    const Rows rows(x + row * shape.in, static_cast<const Weight*>(weight), y + row * shape.out, own,
+    const Rows rows(x + row * shape.in, static_cast<const Weight*>(weight), y + row * shape.out, own, lent.lines,
                     pool.num_threads());
     in_parts(pool, rows.blocks(), [&rows](int64_t block) { rows.fill(block); });
     in_parts(pool, rows.parts(), [&rows](int64_t part) { rows.multiply(part); });
@@ -42,13 +50,15 @@ bool multiply_many_rows(ffi::ThreadPool& pool, const void* weight, const Element
 }
 #endif
 
+// False where too little memory is lent.
 template <typename Products, typename Weight, typename Result>
-void multiply_all(ffi::ThreadPool& pool, const void* x_data, const std::vector<Matrix>& weights, void* y_data,
-                  Shape shape) {
+bool multiply_all(ffi::ThreadPool& pool, const void* x_data, const std::vector<Matrix>& weights, void* y_data,
+                  Shape shape, [[maybe_unused]] Lent lent) {
   auto x = static_cast<const typename Products::Element*>(x_data);
   auto y = static_cast<Result*>(y_data);
 #ifdef __AMX_TILE__
-  if (weights.size() == 1 && multiply_many_rows<Weight>(pool, weights[0].data, x, y, shape)) return;
+  if (weights.size() == 1 && are_many<Weight>(shape))
+    return multiply_many_rows<Weight>(pool, x, weights[0].data, y, shape, lent);
 #endif
   const Cut cut(pool, shape.out, shape.out * shape.in * sizeof(Weight));
   auto run = [=, &weights](auto product, int64_t row, int64_t, int64_t begin, int64_t end) {
@@ -60,10 +70,11 @@ void multiply_all(ffi::ThreadPool& pool, const void* x_data, const std::vector<M
     }
   };
   multiply_in_parts<Products, Weight, Result>(pool, x, shape, cut, run);
+  return true;
 }
 
 ffi::Error products(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::RemainingArgs others,
-                    ffi::Result<ffi::AnyBuffer> y) {
+                    ffi::Result<ffi::AnyBuffer> y, ffi::RemainingRets lent) {
   const auto wrong = ffi::Error::InvalidArgument(
       "products: x is [rows, in], the weights [out, in], of one dtype, and the result [rows, all outs]");
   if (x.dimensions().size() != 2 || weight.dimensions().size() != 2) return wrong;
@@ -78,11 +89,13 @@ ffi::Error products(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
     shape.out += each->dimensions()[0];
   }
   if (static_cast<int64_t>(y->element_count()) != shape.rows * shape.out) return wrong;
+  bool is_enough = true;
   const bool are_there = with_types(x.element_type(), weight.element_type(), y->element_type(),
                                     [&]<typename Products, typename Weight, typename Result>() {
-                                      multiply_all<Products, Weight, Result>(pool, x.untyped_data(), weights,
-                                                                             y->untyped_data(), shape);
+                                      is_enough = multiply_all<Products, Weight, Result>(
+                                          pool, x.untyped_data(), weights, y->untyped_data(), shape, Lent(lent));
                                     });
+  if (!is_enough) return ffi::Error::InvalidArgument("products: there is too little memory for a copy of x");
   return are_there ? ffi::Error::Success() : ffi::Error::InvalidArgument("products: there are none of such dtypes");
 }
 
@@ -94,4 +107,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Products, products,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets());
