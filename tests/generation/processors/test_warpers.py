@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,6 +59,40 @@ def test_top_p_keeps_all_ties() -> None:
     ids, scores = jnp.zeros((1, 1), jnp.int32), jnp.log(jnp.asarray([[0.25] + [0.125] * 6]))
     assert np.isfinite(ours.TopPLogitsWarper(0.5)(ids, scores)).all()
     assert np.isfinite(ours.TopPLogitsWarper(0.2)(ids, scores)).sum() == 1
+
+
+def test_top_p_among_few_tokens_and_among_many(rng: np.random.Generator) -> None:
+    """Rows whose nucleus has some, and thousands of tokens, and one that top-k cut before: each as if it were alone."""
+    scores = rng.standard_normal((3, 5000)) * [[12], [0.3], [0.3]]
+    scores[2, np.argsort(scores[2])[:-40]] = -np.inf
+    ids, scores, top_p = jnp.zeros((3, 1), jnp.int32), scores.astype(np.float32), rng.uniform(0.5, 0.95)
+    warper = ours.TopPLogitsWarper(top_p)
+    kept = np.isfinite(run(warper, ids, scores))
+    for row in range(3):
+        np.testing.assert_array_equal(kept[row], np.isfinite(run(warper, ids[:1], scores[row : row + 1])[0]))
+        order = np.argsort(-scores[row])
+        count = kept[row].sum()
+        assert kept[row, order[:count]].all()
+        weights = np.exp(scores[row, order].astype(np.float64) - scores[row].max())
+        probs = weights / weights.sum()
+        error = 5000 * 2**-23  # of a sum of so many numbers, whose total is 1, that are rounded before
+        assert probs[: count - 1].sum() - error < top_p <= probs[:count].sum() + error
+    assert kept[0].sum() < 100 < 1000 < kept[1].sum()
+    assert kept[2].sum() < 40
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("traced", [True, False])
+def test_the_vocabulary_is_never_sorted(rows: int, traced: bool) -> None:
+    """Nor where a processor's values are known when the program is compiled: XLA knew the highest k of one row then."""
+    ids, scores = jax.ShapeDtypeStruct((rows, 9), jnp.int32), jax.ShapeDtypeStruct((rows, 5000), jnp.float32)
+    for name in VALUES:
+        warper = getattr(ours, name)(*([20] if name == "TopKLogitsWarper" else [0.5]))
+        if traced:
+            lowered = run.lower(warper, ids, scores, 5)
+        else:
+            lowered = jax.jit(lambda ids, scores, warper=warper: warper(ids, scores, 5)).lower(ids, scores)
+        assert " sort(" not in lowered.compile().as_text()
 
 
 @pytest.mark.parametrize("mass", [0.2, 0.5, 0.9])
