@@ -39,6 +39,7 @@ struct Lent {
   int64_t bytes = 0;
 
   explicit Lent(ffi::RemainingRets results) {
+    if (results.size() == 0) return;
     auto result = results.get<ffi::AnyBuffer>(0);
     if (!result.has_value()) return;
     const auto address = reinterpret_cast<uintptr_t>((*result)->untyped_data());
