@@ -7,11 +7,12 @@
 Models of the official geometries with random weights; greedy decoding with no end of sequence; each model and side in
 a process of its own. Prefill is generate() of one token, a decode step what each further token adds, the first call
 generate() of 32 tokens from 128 before anything was compiled or run; peak memory is the process's, or on a GPU the
-device's. Medians of the repeats are given. The roofs are measured in the same run: bandwidth by reading 1 GB, the
-matrix rate by a large product. A step at the roof reads every weight and the filled cache once. On a CPU that others
-share the bandwidth moves within seconds (41 and 73 GB/s on a Zen 5): it is read again, from 256 MB, after each repeat
-of our decoding, and a share is the median of those of the repeats. int8 is weight-only, computed in bfloat16. The last
-line is JSON; with --out it is written there too, and a roofline plot.
+device's, up to the last prompt, before more rows are decoded, and in the end. Medians of the repeats are given. The
+roofs are measured in the same run: bandwidth by reading 1 GB, the matrix rate by a large product. A step at the roof
+reads every weight and the filled cache once. On a CPU that others share the bandwidth moves within seconds (41 and 73
+GB/s on a Zen 5): it is read again, from 256 MB, after each repeat of our decoding, and a share is the median of those
+of the repeats. int8 is weight-only, computed in bfloat16. The last line is JSON; with --out it is written there too,
+and a roofline plot.
 """
 
 from __future__ import annotations
@@ -156,6 +157,8 @@ def measure(side: str, model: str, dtype: str, arguments: argparse.Namespace) ->
                 found[f"gb_per_s_{case}"] = round(rate, 1)
         except (RuntimeError, MemoryError) as error:  # for want of memory, by any name of XLA's and torch's: a finding
             found[f"{phase}_ms_{case}"] = f"{type(error).__name__}: {error}"[:200]
+        if not decodes:
+            found["prefill_peak_mb"] = round(peak_bytes(side, device) / 1e6)
     return found | {"peak_mb": round(peak_bytes(side, device) / 1e6)}
 
 
