@@ -25,7 +25,7 @@ from flaxqwen.models.outputs import (
     Qwen2AudioCausalLMOutputWithPast,
     Qwen2AudioModelOutputWithPast,
 )
-from flaxqwen.models.qwen2 import Qwen2Model, keep_positions
+from flaxqwen.models.qwen2 import Qwen2Model
 from flaxqwen.ops.activations import ACTIVATION
 from flaxqwen.ops.attention import Visibility, attend, attend_in_blocks, attend_to_all
 from flaxqwen.ops.convolution import Conv1d
@@ -326,8 +326,9 @@ class Qwen2AudioModel(nn.Module):
         output_attentions: bool | None,
         output_hidden_states: bool | None,
         deterministic: bool = True,
+        keep: int | jax.Array = 0,
     ) -> Qwen2AudioModelOutputWithPast:
-        """As __call__, but for return_dict."""
+        """As __call__, but for return_dict. keep: as of Qwen2Model.forward."""
         if self.is_initializing():  # whatever the arguments, the tower's parameters are made
             audio = self.config.audio_config
             frames = FRAMES_PER_POSITION * audio.max_source_positions
@@ -343,7 +344,7 @@ class Qwen2AudioModel(nn.Module):
                 input_ids = None
         output = self.language_model.forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_attentions,
-            output_hidden_states, deterministic=deterministic,
+            output_hidden_states, deterministic=deterministic, keep=keep,
         )  # fmt: skip
         return Qwen2AudioModelOutputWithPast(
             last_hidden_state=output.last_hidden_state,
@@ -460,9 +461,9 @@ class Qwen2AudioForConditionalGeneration(nn.Module):
         """
         output = self.model.forward(
             input_ids, input_features, attention_mask, feature_attention_mask, position_ids, past_key_values,
-            inputs_embeds, use_cache, output_attentions, output_hidden_states, deterministic,
+            inputs_embeds, use_cache, output_attentions, output_hidden_states, deterministic, logits_to_keep,
         )  # fmt: skip
-        logits = self.lm_head(keep_positions(output.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(output.last_hidden_state)
         loss = None
         if labels is not None:
             loss = causal_lm_loss(logits, visible_labels(labels, attention_mask, past_key_values))

@@ -225,11 +225,21 @@ def test_logits_to_keep(keep, rng):
     theirs, module, params = pair("Qwen2ForCausalLM", Qwen2ForCausalLM)
     ids = random_ids(rng, (2, 9))
     keep_theirs = keep if isinstance(keep, int) else torch.tensor(keep)
-    want = theirs(input_ids=th(ids), logits_to_keep=keep_theirs).logits
+    states = theirs(input_ids=th(ids), logits_to_keep=keep_theirs, output_hidden_states=True)
+    want = states.logits
     keep = keep if isinstance(keep, int) else jnp.asarray(keep)
     close(module.apply({"params": params}, ids, logits_to_keep=keep).logits, want)
     if isinstance(keep, int):
         close(module.apply({"params": params}, ids, num_logits_to_keep=keep).logits, want)
+    whole = jax.jit(partial(module.apply, output_hidden_states=True, logits_to_keep=keep))({"params": params}, ids)
+    close(whole.logits, want)
+    for mine, other in zip(whole.hidden_states, states.hidden_states, strict=True):  # of all positions all the same
+        close(mine, other)
+    # Else the last layer's MLP is run for the positions that are kept alone.
+    _, seen = module.apply({"params": params}, ids, logits_to_keep=keep, capture_intermediates=True, mutable=True)
+    *others, last = (seen["intermediates"]["model"][f"layers_{i}"]["mlp"]["__call__"][0] for i in range(2))
+    assert [y.shape[1] for y in others] == [9]
+    assert last.shape[1] == want.shape[1] < 9
 
 
 @pytest.mark.parametrize("how", ["labels", "num_items_in_batch", "shift_labels"])
