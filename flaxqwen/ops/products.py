@@ -66,9 +66,10 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1]).astype(jnp.float32 if cpu_kernels.INSTRUCTIONS == "avx2" else x.dtype)
 
 
-def _copy_bytes(rows: jax.Array) -> int:
+def _copy_bytes(rows: jax.Array, weight: jax.Array) -> int:
     """How much memory a product of x [rows, in] takes beside its result: that of three parts, if x is float32."""
-    if cpu_kernels.INSTRUCTIONS != "amx" or rows.shape[0] < SPLIT_ROWS:
+    fewest = SPLIT_ROWS if weight.dtype == jnp.float32 else TILE_ROWS + 1
+    if cpu_kernels.INSTRUCTIONS != "amx" or rows.shape[0] < fewest:
         return 0
     blocks = -(-min(rows.shape[0], COPIED_ROWS) // COPIED_BLOCK)
     return blocks * COPIED_BLOCK * rows.shape[1] * (6 if rows.dtype == jnp.float32 else 2)
@@ -88,7 +89,7 @@ def contract_by_kernel(x: jax.Array, weight: Weights, dtype: DTypeLike = jnp.flo
     """
     rows, weights = _rows(x), jax.tree.leaves(weight)
     result = jax.ShapeDtypeStruct((rows.shape[0], sum(each.shape[0] for each in weights)), dtype)
-    y = cpu_kernels.call("Products", result, rows, *weights, lent=_copy_bytes(rows))
+    y = cpu_kernels.call("Products", result, rows, *weights, lent=_copy_bytes(rows, weights[0]))
     return y.reshape(*x.shape[:-1], -1)
 
 

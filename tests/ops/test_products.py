@@ -116,6 +116,9 @@ def test_memory_of_many_rows(rng: np.random.Generator, dtype: np.dtype):
     for count in (2, 9):
         memory = jax.jit(products, static_argnums=1).lower(x, count).compile().memory_analysis()
         assert copy <= memory.temp_size_in_bytes < copy + 2 * x.nbytes + 2**12  # and what lies between products
+    few = x[: (SPLIT_ROWS if dtype == FLOAT32 else TILE_ROWS + 1) - 1]  # are not copied
+    alone = jax.jit(products, static_argnums=1).lower(few, 1).compile().memory_analysis()
+    assert alone.temp_size_in_bytes == 0
     with pytest.raises(jax.errors.JaxRuntimeError, match="too little memory"):
         cpu_kernels.call("Products", jax.typeof(x), x, weight, lent=copy - cpu_kernels.LINE - 1).block_until_ready()
 
