@@ -116,6 +116,7 @@ def decode(
     variables: loop.Variables,
     state: loop.DecodeState,
     choice: TokenChoice,
+    wanted: None = None,
     *,
     steps: int,
     keep_scores: bool,
@@ -125,6 +126,7 @@ def decode(
 ) -> tuple[loop.DecodeState, loop.StepOutput]:
     """As loop.decode, for one step."""
     assert steps == 1
+    assert wanted is None
     state, logits, states = _run_newest(module, variables, state, keep_states=keep_states)
     return _extend(state, choice, logits, keep_scores, keep_logits, states, keep_top)
 

@@ -9,6 +9,7 @@ N query heads, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -232,6 +233,7 @@ def decode(
     variables: Variables,
     state: DecodeState,
     choice: TokenChoice,
+    wanted: ArrayLike | None = None,
     *,
     steps: int,
     keep_scores: bool,
@@ -239,7 +241,11 @@ def decode(
     keep_states: tuple[str, ...] = (),
     keep_top: int | None = None,
 ) -> tuple[DecodeState, StepOutput]:
-    """`steps` decoding steps under one scan. state.cache.bound covers the last of them."""
+    """`steps` decoding steps under one scan. state.cache.bound covers the last of them.
+
+    wanted: int32 scalar, how many steps to run at most, and none once every row has ended; the results of the others
+      are zeros. None: run all, so that the device need not ask before each.
+    """
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
         # Ties the weights to the carry: else XLA hoists float32 copies of bfloat16 weights out of the loop on CPU
@@ -248,7 +254,32 @@ def decode(
         state, logits, states = run_newest(module, weights, state, keep_states)
         return _extend(state, choice, logits, keep_scores, keep_logits, states, keep_top)
 
-    return settled(module, jax.lax.scan(step, state, None, length=steps))
+    results = (
+        jax.lax.scan(step, state, None, length=steps) if wanted is None else _scan_wanted(step, state, wanted, steps)
+    )
+    return settled(module, results)
+
+
+def _scan_wanted(
+    step: Callable[[DecodeState, None], tuple[DecodeState, StepOutput]],
+    state: DecodeState,
+    wanted: ArrayLike,
+    steps: int,
+) -> tuple[DecodeState, StepOutput]:
+    """lax.scan of `steps` steps that ends after those that are `wanted`, or when every row has ended."""
+    output = jax.eval_shape(step, state, None)[1]
+    outputs = jax.tree.map(lambda a: jnp.zeros((steps, *a.shape), a.dtype), output)
+
+    def is_wanted(carry: tuple[jax.Array, DecodeState, StepOutput]) -> jax.Array:
+        done, state, _ = carry
+        return (done < jnp.minimum(wanted, steps)) & ~state.finished.all()
+
+    def run(carry: tuple[jax.Array, DecodeState, StepOutput]) -> tuple[jax.Array, DecodeState, StepOutput]:
+        done, state, outputs = carry
+        state, output = step(state, None)
+        return done + 1, state, jax.tree.map(lambda a, piece: a.at[done].set(piece), outputs, output)
+
+    return jax.lax.while_loop(is_wanted, run, (jnp.int32(0), state, outputs))[1:]
 
 
 def run_newest(

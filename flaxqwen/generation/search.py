@@ -21,13 +21,16 @@ from flaxqwen.generation import beam
 from flaxqwen.generation.beam import BeamChoice, BeamOutput, BeamState
 from flaxqwen.generation.callables import HostCall, check_verdict
 from flaxqwen.generation.config import ResolvedConfig
-from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, Control, kept, make_choice, start
+from flaxqwen.generation.decoding import DEFAULT_CHUNK, Control, kept, make_choice, start
 from flaxqwen.generation.host import process_on_host
 from flaxqwen.generation.inputs import SMALLEST_CACHE, CausalLM, Inputs, bucket, platform, prompt_cache
 from flaxqwen.generation.loop import STATES, Prompt, States, Variables, of_prompts, settled
 from flaxqwen.generation.outputs import layer_states
 from flaxqwen.models.outputs import ModelOutput
 from flaxqwen.ops.cpu import jit_in_order
+
+# As decoding.CHUNK: up to a program's steps are lost at the end of a search.
+CHUNK = {"cpu": (4, 0)}
 
 
 class GenerateBeamDecoderOnlyOutput(ModelOutput, flax.struct.PyTreeNode):

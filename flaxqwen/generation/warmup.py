@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from flaxqwen.generation import loop
-from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, bounded, kept, make_choice, start
+from flaxqwen.generation.decoding import CHUNK, DEFAULT_CHUNK, bounded, kept, make_choice, make_pace, start
 from flaxqwen.generation.generate import ARGUMENTS, Call, prepare
 from flaxqwen.generation.inputs import CausalLM, platform
 
@@ -73,6 +73,6 @@ def run_programs(call: Call) -> None:
         state = state.replace(cache=bounded(state.cache, request.length + dispatched + steps))
         if state.cache.bound not in seen:
             seen.add(state.cache.bound)
-            arguments = (model.module, model.variables, state, choice)
+            arguments = (model.module, model.variables, state, choice, make_pace(model, steps).next(1)[0])
             state, _ = model.programs.run(loop.decode, *arguments, steps=steps, **keep)
     jax.block_until_ready(state)

@@ -226,7 +226,7 @@ def test_the_search_does_not_depend_on_chunks(rng, ours, monkeypatch):
     ids, mask = prompts(rng)
     options = KEEP | {"num_beams": 4, "eos_token_id": EOS["several"], "max_new_tokens": NEW, "early_stopping": True}
     want = ours.generate(ids, attention_mask=mask, **options)
-    monkeypatch.setitem(decoding.CHUNK, "cpu", (3, 1))
+    monkeypatch.setitem(search.CHUNK, "cpu", (3, 1))
     got = ours.generate(ids, attention_mask=mask, **options)
     np.testing.assert_array_equal(got.sequences, want.sequences)
     np.testing.assert_array_equal(got.beam_indices, want.beam_indices)

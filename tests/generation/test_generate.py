@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,32 +256,89 @@ def test_a_hundred_prompt_lengths_compile_at_most_twelve_programs(tiny_models):
     assert len(compiled) <= 12
 
 
-def test_the_cache_is_updated_in_place(tiny_models):
-    """The decoding program aliases its whole state, and its temporaries hold no second cache."""
+KEEP = {"keep_scores": False, "keep_logits": False}
+
+
+def begin(mine, ids, new_tokens, ends=()):
+    """A state after prefill, and how tokens are chosen."""
     from flaxqwen.generation.config import resolve
 
-    _, mine = tiny_models
-    options = resolve(GenerationConfig(), None, {"max_new_tokens": 8}, input_length=6, max_position_embeddings=2048)
-    request = inputs.Inputs(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
-    keep = {"keep_scores": False, "keep_logits": False}
-    choice = decoding.make_choice(mine, request, options, 1, decoding.Control(Stopping()))
-    prompt = inputs.make_prompt(request, 32, 2048)
+    B, P = ids.shape
+    options = {"max_new_tokens": new_tokens}
+    options = resolve(GenerationConfig(), None, options, input_length=P, max_position_embeddings=2048)
+    request = inputs.Inputs(ids, np.ones((B, P), bool))
+    control = decoding.Control(Stopping(eos_token_id=tuple(ends), fills=bool(ends)))
+    choice = decoding.make_choice(mine, request, options, 1, control)
     state, _ = loop.prefill(
         mine.module,
         mine.variables,
-        prompt,
+        inputs.make_prompt(request, 32, 2048),
         choice,
         None,
         capacity=2048,
         copies=1,
         cache_dtype=np.dtype("float32"),
-        **keep,
+        **KEEP,
     )
-    program = loop.decode.lower(mine.module, mine.variables, state, choice, steps=4, **keep).compile()
+    return state, choice
+
+
+@pytest.mark.parametrize("wanted", [None, np.int32(3)], ids=["all", "wanted"])
+def test_the_cache_is_updated_in_place(wanted, tiny_models):
+    """The decoding program aliases its whole state, and its temporaries hold no second cache."""
+    _, mine = tiny_models
+    state, choice = begin(mine, np.ones((2, 6), np.int32), 8)
+    program = loop.decode.lower(mine.module, mine.variables, state, choice, wanted, steps=4, **KEEP).compile()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.layers))
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 2
+
+
+def test_steps_that_nobody_wants_are_not_run(rng, tiny_models):
+    """Neither more than are wanted, nor any after the step with which the last row ends."""
+    _, mine = tiny_models
+    ids = random_ids(rng, (2, 6))
+
+    def decode(wanted, ends=()):
+        """What the steps give, and how many were run: by columns of tokens, and by slots that have changed."""
+        state, choice = begin(mine, ids, 12, ends)
+        before = np.array(state.cache.layers[0].key)
+        state, outputs = loop.decode(mine.module, mine.variables, state, choice, wanted, steps=8, **KEEP)
+        changed = (np.asarray(state.cache.layers[0].key) != before).any(axis=(0, 1, 3))
+        assert changed.sum() == int(state.cur_len) - 7
+        return outputs, changed.sum()
+
+    state, _ = begin(mine, ids, 12)
+    first = state.input_ids[:, 6]
+    outputs, run = decode(None)
+    assert run == 8
+    tokens = np.asarray(outputs.tokens)
+    for wanted in range(10):
+        outputs, run = decode(np.int32(wanted))
+        assert run == min(wanted, 8)
+        np.testing.assert_array_equal(outputs.tokens[:wanted], tokens[:wanted])
+    ends = [int(tokens[4, 0]), int(tokens[2, 1])]
+    all_tokens = np.concatenate([np.asarray(first)[None], tokens])  # after 0 steps, that of prefill
+    last = max(int(np.isin(all_tokens[:, row], ends).argmax()) for row in range(2))
+    outputs, run = decode(np.int32(8), ends)
+    assert run == last <= 5
+    np.testing.assert_array_equal(outputs.finished.all(axis=1)[:last], np.arange(1, last + 1) == last)
+
+
+def test_programs_run_for_a_while(monkeypatch):
+    """Of a CPU as many steps as take a quarter of a second, one at first; of others, all."""
+    now = iter([0.1, 0.35, 0.4, 10.0, 10.1, 10.101])
+    monkeypatch.setattr(decoding, "time", SimpleNamespace(monotonic=now.__next__))
+    pace = decoding.Pace(steps=8, is_kept=True, began=0.0)
+    counts = [pace.count]
+    for _ in range(6):
+        pace.see()
+        counts.append(pace.count)
+    assert counts == [1, 2, 2, 8, 1, 2, 8]
+    assert pace.next(20) == (8, 8)
+    assert pace.next(3) == (3, 3)
+    assert decoding.Pace(steps=8, is_kept=False, began=0.0).next(3) == (None, 8)
 
 
 BAD = [
