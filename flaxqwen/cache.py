@@ -38,11 +38,18 @@ class LayerCache(flax.struct.PyTreeNode):
         return None if self.key_scale is None or self.value_scale is None else (self.key_scale, self.value_scale)
 
     def append(
-        self, key: jax.Array, value: jax.Array, at: jax.Array, is_sharded: bool = False, is_cut: bool = False
+        self,
+        key: jax.Array,
+        value: jax.Array,
+        at: jax.Array,
+        is_sharded: bool = False,
+        is_cut: bool = False,
+        is_taken_whole: bool = False,
     ) -> LayerCache:
         """Write key and value [B, K, T, H] from slots `at` ([] or [B]) on. In place when the cache is donated.
 
         is_sharded: whether it lies on a mesh; is_cut: whether that cuts its slots.
+        is_taken_whole: whether attention takes all its slots, and no slice of them.
         """
         if self.scales is None:
             new = LayerCache(key.astype(self.key.dtype), value.astype(self.value.dtype))
@@ -54,7 +61,8 @@ class LayerCache(flax.struct.PyTreeNode):
         if is_sharded:  # a loop over heads or rows would bring them all to each device
             write = _write_where_they_are if is_cut and key.shape[2] > 1 else _write
             return jax.tree.unflatten(structure, write(*arrays))
-        written = jax.lax.platform_dependent(*arrays, cpu=_write_in_loop, default=_write)
+        write = _write if is_taken_whole and at.size == 1 else _write_in_loop
+        written = jax.lax.platform_dependent(*arrays, cpu=write, default=_write)
         return jax.tree.unflatten(structure, written)
 
 
@@ -87,7 +95,9 @@ def _write_in_loop(old: Arrays, new: Arrays, at: jax.Array) -> Arrays:
     """The same for XLA's CPU backend, in a loop over heads (rows, where they are not aligned).
 
     Outside a loop the backend fuses the update into the slice that attention reads, does it a second time for the
-    result, and so copies the whole cache at every step. A scatter, which per-row slices become, compiles 3x slower.
+    result, and so copies the whole cache at every step; where attention takes it whole there is no such slice, and a
+    decoding program of 24 layers compiles in 1.7 s in place of 2.3. A scatter, which per-row slices become, compiles 3x
+    slower.
     """
     axis = 1 if at.ndim == 0 else 0
 

@@ -95,8 +95,8 @@ class Pace:
     """How many steps the next program of a CPU runs: as many as take PACE_SECONDS, by the time of those before.
 
     It asks at every step whether one more is wanted, so that none is lost at the end of a sequence. An accelerator
-    would wait for the host each time: its programs run all their steps. So do those of several processes, whose clocks
-    differ.
+    would wait for the host each time: its programs run all their steps. So do those on a mesh, maybe of several
+    processes, whose clocks differ.
     """
 
     steps: int  # of a program, at most
@@ -118,7 +118,8 @@ class Pace:
 
 def make_pace(model: CausalLM, steps: int, began: float = 0.0) -> Pace:
     """Of programs of `steps`, from this time on."""
-    return Pace(steps, steps > 1 and platform(model.params) == "cpu" and jax.process_count() == 1, began)
+    is_kept = steps > 1 and platform(model.params) == "cpu" and module_sharding(model.module) is None
+    return Pace(steps, is_kept, began)
 
 
 def run(

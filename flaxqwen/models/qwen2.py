@@ -22,7 +22,7 @@ from flaxqwen.models.layers import layer_runner
 from flaxqwen.models.losses import causal_lm_loss
 from flaxqwen.models.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from flaxqwen.ops.attention import Visibility, attend
-from flaxqwen.ops.dispatch import Attention, run_attention
+from flaxqwen.ops.dispatch import Attention, find_implementation, run_attention
 from flaxqwen.ops.linear import Embed, Linear, project, project_gated
 from flaxqwen.ops.norm import RMSNorm
 from flaxqwen.ops.rotary import rotary_embedding, rotate
@@ -101,21 +101,28 @@ class Qwen2Attention(nn.Module):
         query = rotate(self._heads(query, "heads"), *rope)
         key = rotate(self._heads(key, "kv_heads"), *rope).swapaxes(1, 2)  # [B, K, T, H]
         value = self._heads(value, "kv_heads").swapaxes(1, 2)
-        if cache is None:
-            filled = readable = LayerCache(key, value)
-        else:
-            (own,) = cache.layers
-            filled = own.append(key, value, cache.length, self.sharding is not None, cuts_slots(self.sharding, own))
-            filled = settle(self.sharding, filled)
-            readable = jax.tree.map(lambda a: a[:, :, : cache.readable], filled)
         drop = not deterministic and self.config.attention_dropout > 0
+        is_plain = output_attentions or drop
+        kind = "whole" if cache is None else "decode" if T == 1 else "prefill"
+        own, bound = (LayerCache(key, value), T) if cache is None else (cache.layers[0], cache.readable)
+        found = None
+        if not is_plain:
+            found = find_implementation(self.attention, kind, query, own, bound, visibility, self.sharding)
+        filled = readable = own
+        if cache is not None:
+            filled = own.append(
+                key, value, cache.length, is_sharded=self.sharding is not None, is_cut=cuts_slots(self.sharding, own),
+                is_taken_whole=found is not None and found.whole_cache,
+            )  # fmt: skip
+            filled = settle(self.sharding, filled)
+            readable = jax.tree.map(lambda a: a[:, :, :bound], filled)
         weights = None
-        if output_attentions or drop:
+        if is_plain:
             heads = (query, readable.key, readable.value, visibility, self.window, readable.scales)
             y, weights = attend(*heads, dropout=lambda w: self.dropout(w, deterministic=not drop))
         else:
-            kind = "whole" if cache is None else "decode" if T == 1 else "prefill"
-            y = run_attention(self.attention, kind, query, filled, readable, visibility, self.window, self.sharding)
+            interpret = self.attention.interpret
+            y = run_attention(found, query, filled, readable, visibility, self.window, self.sharding, interpret)
         weights = own_heads(self.sharding, weights) if output_attentions and weights is not None else None
         return self.o_proj(y.reshape(B, T, -1)), filled, weights
 

@@ -58,7 +58,7 @@ class Implementation:
     """
 
     run: Callable[..., jax.Array]
-    serves: Callable[[jax.Array, jax.Array, Visibility], bool]
+    serves: Callable[[jax.Array, jax.ShapeDtypeStruct, Visibility], bool]
     kinds: tuple[str, ...]
     platform: str
     otherwise: str = "xla"
@@ -116,31 +116,50 @@ def choose_attention(wanted: str | Mapping[str, str] | None, platform: str) -> A
     return replace(default, **names)
 
 
-def run_attention(
+def find_implementation(
     attention: Attention,
     kind: str,
+    query: jax.Array,
+    cache: LayerCache,
+    bound: int,
+    visibility: Visibility,
+    sharding: Sharding | None,
+) -> Implementation | None:
+    """What runs a kind of call, by shapes and dtypes; None: the plain one.
+
+    cache: a layer's keys and values, of which slots below `bound` may be seen.
+    """
+    if cache.scales is not None or visibility.full is not None:
+        return None
+    B, K, S, H = cache.key.shape
+    name = getattr(attention, kind)
+    while (found := IMPLEMENTATIONS.get(name)) is not None:
+        key = jax.ShapeDtypeStruct((B, K, S if found.whole_cache else bound, H), cache.key.dtype)
+        if (sharding is None or found.on_mesh) and found.serves(query, key, visibility):
+            return found
+        name = found.otherwise
+    return None
+
+
+def run_attention(
+    found: Implementation | None,
     query: jax.Array,
     cache: LayerCache,
     readable: LayerCache,
     visibility: Visibility,
     window: int | None,
     sharding: Sharding | None,
+    interpret: bool,
 ) -> jax.Array:
-    """Attention [B, T, N, H] by the implementation of a kind of call. Arguments as of `attend_in_blocks`, and:
+    """Attention [B, T, N, H] by what find_implementation found. Arguments as of `attend_in_blocks`, and:
 
     cache: keys and values; readable: of them the slots that may be seen.
     sharding: of heads that lie on a mesh; a kernel runs on each device's part of them.
     """
-    is_plain = readable.scales is not None or visibility.full is not None
-    name = "xla" if is_plain else getattr(attention, kind)
-    while (chosen := IMPLEMENTATIONS.get(name)) is not None:
-        key, value = (cache.key, cache.value) if chosen.whole_cache else (readable.key, readable.value)
-        if (sharding is None or chosen.on_mesh) and chosen.serves(query, key, visibility):
-            break
-        name = chosen.otherwise
-    else:
+    if found is None:
         return attend_in_blocks(query, readable.key, readable.value, visibility, window, readable.scales)
-    run = partial(chosen.run, window=window, interpret=attention.interpret)
+    key, value = (cache.key, cache.value) if found.whole_cache else (readable.key, readable.value)
+    run = partial(found.run, window=window, interpret=interpret)
     if sharding is None:
         return run(query, key, value, visibility)
     heads = sharding.spec(("batch", None, "heads", None), query.shape)

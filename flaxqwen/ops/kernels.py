@@ -113,7 +113,7 @@ def block_size(length: int) -> int:
     return min(length & -length, LARGEST_BLOCK)
 
 
-def splash_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
+def splash_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility) -> bool:
     """Rows that are aligned, in lengths that blocks divide."""
     return visibility.query_slot.shape[0] == 1 and query.shape[1] % LANES == 0 and key.shape[2] % LANES == 0
 
@@ -139,7 +139,7 @@ def dot_product(
     return attend(mask=visibility.visible(S, window)[:, None])
 
 
-def dot_product_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
+def dot_product_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility) -> bool:
     """Half precision, and heads that cuDNN takes."""
     return query.dtype.itemsize == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 128
 
@@ -159,7 +159,7 @@ def decode(
     return mqa(*heads, begin, end, k_splits=SPLITS, interpret=interpret).reshape(B, 1, N, H)
 
 
-def decode_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
+def decode_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility) -> bool:
     """One token a row, without padding, over parts of a length that is a power of two."""
     S = key.shape[2]
     plain = visibility.slot_mask is None and visibility.query_segment is None
@@ -222,7 +222,7 @@ def _native_jvp(window: int | None, interpret: bool, primals: Any, tangents: Any
     return jax.jvp(plain, (query, key, value), tangents[:3])
 
 
-def native_serves(query: jax.Array, key: jax.Array, visibility: Visibility) -> bool:
+def native_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility) -> bool:
     """Where the kernels are built, and for dtypes that they read. Of one token a row: heads of whole vectors."""
     B, T, N, H = query.shape
     if B == 0 or key.dtype not in NATIVE_DTYPES or query.dtype not in NATIVE_DTYPES or not cpu_kernels.serve():
