@@ -32,7 +32,8 @@ def test_7b_decodes_on_one_chip(shared):
     assert isinstance(config, Qwen2Config)
     chip, mesh = aot.topology_mesh("v6e:2x2", tensor=1)
     made = aot.plan(config, chip, mesh, batch=1, context=8192)
-    found = aot.compile_decode(made)
+    paged = dataclasses.replace(made, module=made.module.clone(attention=Attention(decode="paged")))
+    found, kernel = aot.compile_decode(made), aot.compile_decode(paged)
     cache = 28 * 2 * 4 * 8192 * 128 * 2
     assert found.fits
     assert found.temporaries <= 64e6
@@ -42,6 +43,8 @@ def test_7b_decodes_on_one_chip(shared):
     # Its lower bound: the weights, but for the table that is looked up, and the cache, at 1.64 TB/s.
     assert found.step_seconds == pytest.approx((2 * (7_615_616_512 - 152_064 * 3_584) + cache) / 1.64e12, rel=1e-3)
     assert found.bound == "HBM"
+    assert (kernel.fits, kernel.aliased, kernel.copies) == (True, found.aliased, {})  # the cache is its pool as it lies
+    assert kernel.temporaries <= 64e6
 
 
 @needs_libtpu

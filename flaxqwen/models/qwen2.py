@@ -107,7 +107,7 @@ class Qwen2Attention(nn.Module):
         own, bound = (LayerCache(key, value), T) if cache is None else (cache.layers[0], cache.readable)
         found = None
         if not is_plain:
-            found = find_implementation(self.attention, kind, query, own, bound, visibility, self.sharding)
+            found = find_implementation(self.attention, kind, query, own, bound, visibility, self.window, self.sharding)
         filled = readable = own
         if cache is not None:
             filled = own.append(

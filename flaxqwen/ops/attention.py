@@ -214,7 +214,7 @@ def attend_to_seen_blocks(
     return output.transpose(0, 2, 5, 1, 4, 3).reshape(B, T, N, H).astype(query.dtype)
 
 
-def seen_blocks_serve(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility) -> bool:
+def seen_blocks_serve(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility, window: int | None) -> bool:
     """Lengths that blocks divide, and prompts that are not short."""
     T, S = query.shape[1], key.shape[2]
     return T % SEEN_BLOCK == S % SEEN_BLOCK == 0 and T * S >= FEWEST_SCORES

@@ -5,6 +5,7 @@ Axes: B batch, T new tokens, S cache slots, N query heads, K key/value heads, H 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -35,10 +36,10 @@ class Attention:
 
 # What a platform has unless attention_implementation says otherwise. That of TPUs is by the compiler's figures for v6e:
 # 1,024 tokens over 8,192 slots, in one layer of a 7B and the head, take 40 MB of temporaries and not 948 (0.5B: 1.7 and
-# 473). Decoding is plain there: the library's kernel takes pages [K, pages, ...], to which our [B, K, S, H] would have
-# to be copied. On a CPU our kernels: a layer of 0.5B and 1,024 tokens of bfloat16 takes 3.3 ms, in blocks 25, 4,096
-# tokens 45 and 320 (float32 9.5 and 27; 113 and 348; AMX), and a decoding step of 8 rows of 180 tokens 85 us, plainly
-# 290 (Zen 5). Kernels for GPUs are there by name: none has been measured yet.
+# 473). Decoding is plain there, and no kernel for GPUs is a default: those are there by name, and none has been timed
+# yet. On a CPU our kernels: a layer of 0.5B and 1,024 tokens of bfloat16 takes 3.3 ms, in blocks 25, 4,096 tokens 45
+# and 320 (float32 9.5 and 27; 113 and 348; AMX), and a decoding step of 8 rows of 180 tokens 85 us, plainly 290 (Zen
+# 5).
 DEFAULTS = {"cpu": Attention(decode="native", prefill="native"), "gpu": Attention(), "tpu": Attention(prefill="splash")}
 PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}  # as devices call themselves
 
@@ -48,28 +49,34 @@ class Implementation:
     """One way to compute attention, beside "xla", the plain one (`attend_in_blocks`).
 
     run: (query, key, value, visibility, window, interpret) -> [B, T, N, H], as the plain one.
-    serves: (query, key, visibility) -> whether it can, by shapes and dtypes. For int8 keys and values, masks of 4
-      dimensions, and weights that are asked for or dropped out the plain one runs.
+    serves: (query, key, visibility, window) -> whether it can, by shapes and dtypes. For int8 keys and values, masks of
+      4 dimensions, and weights that are asked for or dropped out the plain one runs.
     kinds, platform: what it is for.
     otherwise: what runs where it cannot.
     on_mesh: whether it can run on each device's part of the heads.
     whole_cache: whether it takes all slots that there are, of which it reads what is seen. Others get those below the
       cache's bound: a slice, which is a copy for what is no operation of XLA's.
+    package: what it needs, if that is no dependency of ours: an extra of the same name.
     """
 
     run: Callable[..., jax.Array]
-    serves: Callable[[jax.Array, jax.ShapeDtypeStruct, Visibility], bool]
+    serves: Callable[[jax.Array, jax.ShapeDtypeStruct, Visibility, int | None], bool]
     kinds: tuple[str, ...]
     platform: str
     otherwise: str = "xla"
     on_mesh: bool = True
     whole_cache: bool = False
+    package: str | None = None
 
 
 IMPLEMENTATIONS = {
     "blocks": Implementation(attend_to_seen_blocks, seen_blocks_serve, ("prefill",), "cpu"),
     "splash": Implementation(kernels.splash, kernels.splash_serves, ("prefill",), "tpu"),
+    "paged": Implementation(kernels.paged, kernels.paged_serves, ("decode",), "tpu", whole_cache=True),
     "cudnn": Implementation(kernels.dot_product, kernels.dot_product_serves, ("prefill", "whole"), "gpu"),
+    "tokamax": Implementation(
+        kernels.tokamax, kernels.dot_product_serves, ("prefill", "whole"), "gpu", package="tokamax"
+    ),
     "pallas": Implementation(kernels.decode, kernels.decode_serves, ("decode",), "gpu"),
     "native": Implementation(
         kernels.native, kernels.native_serves, ("decode", "prefill"), "cpu", "blocks", on_mesh=False, whole_cache=True
@@ -86,6 +93,7 @@ def choose_attention(wanted: str | Mapping[str, str] | None, platform: str) -> A
 
     Raises:
       ValueError: no such implementation, or kind of call; or one for another platform or kind.
+      ImportError: one of a package that is not installed.
     """
     platform = PLATFORMS.get(platform, platform)
     default = DEFAULTS.get(platform, Attention())
@@ -112,6 +120,9 @@ def choose_attention(wanted: str | Mapping[str, str] | None, platform: str) -> A
                 f"attention_implementation {name!r} is for {' and '.join(found.kinds)} on a {found.platform}, "
                 f"not for {kind} on a {platform}"
             )
+        if found.package is not None and importlib.util.find_spec(found.package) is None:
+            needed = f"pip install 'flaxqwen[{found.package}]'"
+            raise ImportError(f"attention_implementation {name!r} needs {found.package}: {needed}")
     names: dict[str, Any] = dict(wanted)
     return replace(default, **names)
 
@@ -123,11 +134,12 @@ def find_implementation(
     cache: LayerCache,
     bound: int,
     visibility: Visibility,
+    window: int | None,
     sharding: Sharding | None,
 ) -> Implementation | None:
     """What runs a kind of call, by shapes and dtypes; None: the plain one.
 
-    cache: a layer's keys and values, of which slots below `bound` may be seen.
+    cache: a layer's keys and values, of which slots below `bound` may be seen; window: the layer's.
     """
     if cache.scales is not None or visibility.full is not None:
         return None
@@ -135,7 +147,7 @@ def find_implementation(
     name = getattr(attention, kind)
     while (found := IMPLEMENTATIONS.get(name)) is not None:
         key = jax.ShapeDtypeStruct((B, K, S if found.whole_cache else bound, H), cache.key.dtype)
-        if (sharding is None or found.on_mesh) and found.serves(query, key, visibility):
+        if (sharding is None or found.on_mesh) and found.serves(query, key, visibility, window):
             return found
         name = found.otherwise
     return None

@@ -6,6 +6,7 @@ head, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -113,9 +114,40 @@ def block_size(length: int) -> int:
     return min(length & -length, LARGEST_BLOCK)
 
 
-def splash_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility) -> bool:
+def splash_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility, window: int | None) -> bool:
     """Rows that are aligned, in lengths that blocks divide."""
     return visibility.query_slot.shape[0] == 1 and query.shape[1] % LANES == 0 and key.shape[2] % LANES == 0
+
+
+def paged(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, window: int | None, interpret: bool
+) -> jax.Array:
+    """JAX's paged attention for TPUs: the cache is read as far as it is seen, and no further. One token a row.
+
+    Its pools are [heads, pages, slots of a page, H], with the pages of a row anywhere. To it each key/value head of a
+    row is a row of one head, whose pages follow each other: so the cache is a pool as it lies, and is not copied.
+    """
+    from jax.experimental.pallas import tpu as pallas
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    B, _, N, H = query.shape
+    K, S = key.shape[1:3]
+    size = block_size(S)
+    pages = jnp.arange(B * K * S // size, dtype=jnp.int32).reshape(B * K, S // size)
+    end = jnp.repeat(jnp.broadcast_to(visibility.query_slot[:, 0] + 1, (B,)), K)
+    scaled = query.astype(jnp.float32).reshape(B * K, N // K, H) * H**-0.5
+    heads = (scaled, *(a.reshape(1, B * K * S // size, size, H) for a in (key, value)))
+    # Nor is this kernel compiled at a precision beyond its own.
+    with pallas.force_tpu_interpret_mode() if interpret else nullcontext(), jax.default_matmul_precision("default"):
+        output = paged_attention(*heads, end, pages, pages_per_compute_block=1)
+    return output.reshape(B, 1, N, H).astype(query.dtype)
+
+
+def paged_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility, window: int | None) -> bool:
+    """One token a row that sees all slots before it; bfloat16, to which the kernel rounds the cache in any case."""
+    is_plain = visibility.slot_mask is None and visibility.query_segment is None and window is None
+    is_aligned = query.shape[3] % LANES == 0 and key.shape[2] % LANES == 0
+    return is_plain and is_aligned and query.shape[1] == 1 and query.dtype == key.dtype == jnp.bfloat16
 
 
 def dot_product(
@@ -127,20 +159,54 @@ def dot_product(
     interpret: bool,
     implementation: Any = "cudnn",
 ) -> jax.Array:
-    """jax.nn.dot_product_attention, for cuDNN's flash attention. It has no interpreter: `interpret` is not looked at.
+    """jax.nn.dot_product_attention, for cuDNN's flash attention. It has no interpreter: `interpret` is ignored."""
+    attend = partial(jax.nn.dot_product_attention, implementation=implementation)
+    return _by_a_library(attend, query, key, value, visibility, window)
+
+
+def tokamax(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visibility: Visibility,
+    window: int | None,
+    interpret: bool,
+    implementation: Any = None,
+) -> jax.Array:
+    """tokamax.dot_product_attention, which runs the first of its kernels that is for the GPU: Mosaic's or Triton's.
+
+    It has no interpreter: `interpret` is ignored.
+    """
+    from absl import flags
+    from tokamax import dot_product_attention  # before its options are set
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # or it would look for its options among the program's own arguments
+    attend = partial(dot_product_attention, implementation=implementation)
+    return _by_a_library(attend, query, key, value, visibility, window)
+
+
+def _by_a_library(
+    attend: Callable[..., jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visibility: Visibility,
+    window: int | None,
+) -> jax.Array:
+    """By a function with the arguments of jax.nn.dot_product_attention.
 
     Where new tokens are all that there is they begin at slot 0, and what is seen need not be formed: [B, 1, T, S].
     """
     T, S = query.shape[1], key.shape[2]
     heads = (query, *(a.astype(query.dtype).swapaxes(1, 2) for a in (key, value)))
-    attend: Any = partial(jax.nn.dot_product_attention, *heads, implementation=implementation)
     if T == S and segments_of(visibility) is None:
-        return attend(is_causal=True, local_window_size=None if window is None else (window - 1, 0))
-    return attend(mask=visibility.visible(S, window)[:, None])
+        return attend(*heads, is_causal=True, local_window_size=None if window is None else (window - 1, 0))
+    return attend(*heads, mask=visibility.visible(S, window)[:, None])
 
 
-def dot_product_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility) -> bool:
-    """Half precision, and heads that cuDNN takes."""
+def dot_product_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility, window: int | None) -> bool:
+    """Half precision, and heads that cuDNN takes, as the others do."""
     return query.dtype.itemsize == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 128
 
 
@@ -159,7 +225,7 @@ def decode(
     return mqa(*heads, begin, end, k_splits=SPLITS, interpret=interpret).reshape(B, 1, N, H)
 
 
-def decode_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility) -> bool:
+def decode_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility, window: int | None) -> bool:
     """One token a row, without padding, over parts of a length that is a power of two."""
     S = key.shape[2]
     plain = visibility.slot_mask is None and visibility.query_segment is None
@@ -222,7 +288,7 @@ def _native_jvp(window: int | None, interpret: bool, primals: Any, tangents: Any
     return jax.jvp(plain, (query, key, value), tangents[:3])
 
 
-def native_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility) -> bool:
+def native_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility, window: int | None) -> bool:
     """Where the kernels are built, and for dtypes that they read. Of one token a row: heads of whole vectors."""
     B, T, N, H = query.shape
     if B == 0 or key.dtype not in NATIVE_DTYPES or query.dtype not in NATIVE_DTYPES or not cpu_kernels.serve():

@@ -8,13 +8,13 @@ import numpy as np
 B, T, S, K, H = 2, 128, 384, 2, 16
 
 
-def heads_of(rng, groups, tokens=T, slots=S, dtype=jnp.float32):
-    """query [B, T, N, H], key and value [B, K, S, H].
+def heads_of(rng, groups, tokens=T, slots=S, dtype=jnp.float32, width=H):
+    """query [B, T, N, width], key and value [B, K, S, width].
 
     Multiples of 1/256, so that float32 scores are exact in whatever order they are summed; queries times 4, for weights
     that are far from uniform. What is left of rounding are the softmax and its product: 7e-7 at most in 225 draws.
     """
-    shapes = (B, tokens, K * groups, H), (B, K, slots, H), (B, K, slots, H)
+    shapes = (B, tokens, K * groups, width), (B, K, slots, width), (B, K, slots, width)
     query, key, value = (np.round(rng.normal(size=shape) * 256) / 256 for shape in shapes)
     return [jnp.asarray(a, dtype) for a in (4 * query, key, value)]
 
