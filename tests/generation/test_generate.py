@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 
 from flaxqwen.generation import decoding, inputs, loop
 from flaxqwen.generation.config import GenerationConfig
+from flaxqwen.generation.programs import Programs
 from flaxqwen.generation.stopping import Stopping
 from flaxqwen.model import Model
 from flaxqwen.models.qwen2 import Qwen2ForCausalLM
@@ -229,6 +231,46 @@ def test_tokens_do_not_depend_on_chunks(platform_chunk, rng, tiny_models, monkey
         finished = np.isin(np.asarray(want.sequences)[:, 7:], EOS).argmax(1)
         rows = [row for row in range(2) if finished[row] == 0]
         np.testing.assert_allclose(ours.key[rows, :, :n], other.key[rows, :, :n], atol=1e-6)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_programs_are_dispatched_before_the_last_is_read(ahead, rng, tiny_models, monkeypatch):
+    """A device that others wait for has the next program when one ends: so many are not read yet."""
+    _, mine = tiny_models
+    events = []
+
+    class Seen(Programs):
+        def run(self, program, *arguments, **static):
+            events.extend(["dispatched"] * (program is loop.decode))
+            return super().run(program, *arguments, **static)
+
+    def read(results):
+        events.append("read")
+        return device_get(results)
+
+    device_get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", read)
+    monkeypatch.setattr(decoding, "make_pace", lambda model, steps, began: decoding.Pace(steps, False, began))
+    monkeypatch.setitem(decoding.CHUNK, "cpu", (2, ahead))
+    dataclasses.replace(mine, programs=Seen()).generate(random_ids(rng, (2, 7)), max_new_tokens=9)
+    programs = 4  # of 2 steps, after that of prefill
+    want = ["dispatched"] * ahead
+    for done in range(programs + 1):
+        want += ["read"] + ["dispatched"] * (done + ahead < programs)
+    assert events == want
+
+
+def test_prefill_has_logits_of_the_last_position_alone(tiny_models):
+    """No array of the program has a place for each token's."""
+    _, mine = tiny_models
+    ids, V = np.ones((2, 24), np.int32), mine.config.vocab_size
+    _, choice = begin(mine, ids, 8)
+    prompt = inputs.make_prompt(inputs.Inputs(ids, ids.astype(bool)), 32, 2048)
+    options = {"capacity": 2048, "copies": 1, "cache_dtype": np.dtype("float32"), **KEEP}
+    text = loop.prefill.lower(mine.module, mine.variables, prompt, choice, None, **options).as_text()
+    widths = {math.prod(map(int, dims.split("x"))) // V for dims in re.findall(rf"tensor<((?:\d+x)*{V})xf32>", text)}
+    assert 2 in widths
+    assert max(widths) < 2 * 24
 
 
 def test_values_never_compile_again(rng, tiny_models):
