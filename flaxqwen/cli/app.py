@@ -34,7 +34,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Qwen2, Qwen2.5 and Qwen2-Audio in JAX/Flax: convert checkpoints, generate text, train, compare with PyTorch.",
     epilog="MODEL is a folder, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or demo, which is in the package. "
-    "`flaxqwen COMMAND --help` has the options of a command, and examples.",
+    "`flaxqwen COMMAND --help` has the options of a command, and examples. What is compiled is kept in "
+    "~/.cache/flaxqwen/compiled, 2 GB at most; JAX_COMPILATION_CACHE_DIR names another folder, and "
+    "JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.",
 )
 
 

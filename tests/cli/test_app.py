@@ -79,6 +79,12 @@ def test_every_command_has_help_with_examples(run: Run, command: str):
     assert f"  flaxqwen {command} " in result.out.partition("Examples:\n")[2]
 
 
+def test_help_says_where_compiled_programs_are(run: Run):
+    text = " ".join(run("--help").out.split())
+    assert "kept in ~/.cache/flaxqwen/compiled" in text
+    assert "JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing" in text
+
+
 def test_without_a_command_it_shows_help(run: Run):
     assert run().out == run("--help").out
 

@@ -370,6 +370,10 @@ def test_a_second_process_compiles_nothing(random_model: Path, tmp_path: Path):
     assert misses >= 2
     assert again == (0, misses, 0)
     assert any((tmp_path / "flaxqwen" / "compiled").iterdir())
+    elsewhere = environment | {"XDG_CACHE_HOME": str(tmp_path / "other"), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    done = subprocess.run(command, env=elsewhere, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 0 0"
+    assert not (tmp_path / "other").exists()
 
 
 def test_adapter(run: Run, random_model: Path, tmp_path: Path):
