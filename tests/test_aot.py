@@ -48,6 +48,21 @@ def test_7b_decodes_on_one_chip(shared):
 
 
 @needs_libtpu
+def test_a_long_context_is_its_cache(shared):
+    """7B at 32,768 tokens, four times 8,192: beside keys and values nothing grows that is a hundredth of them."""
+    config = config_from_file(shared / "data" / "configs" / "Qwen2.5-7B")
+    chip, mesh = aot.topology_mesh("v6e:2x2", tensor=1)
+    short, long = (aot.plan(config, chip, mesh, batch=1, context=context) for context in (8192, 32768))
+    cache = 28 * 2 * 4 * 32768 * 128 * 2
+    for compile_phase in (aot.compile_decode, aot.compile_prefill):
+        before, found = compile_phase(short), compile_phase(long)
+        assert found.fits
+        assert found.aliased >= cache
+        assert found.arguments - before.arguments == pytest.approx(cache * 3 / 4, rel=1e-3)
+        assert found.temporaries <= before.temporaries + cache / 100
+
+
+@needs_libtpu
 def test_collectives_of_tensor_parallel_decoding():
     """14 query and 2 key/value heads on 8 chips: two all-reduces a layer and one of the embedding."""
     chip, mesh = aot.topology_mesh("v5e:2x4")
