@@ -4,23 +4,22 @@
                              [--batches 1,8] [--contexts 128] [--peers transformers,transformers-compile]
                              [--new 32] [--repeats 3] [--out DIR]
 
-Models of the official geometries with random weights; greedy decoding with no end of sequence; each model and side in
-a process of its own. Prefill is generate() of one token, a decode step what each further token adds, the first call
+Models of the official geometries with random weights; greedy decoding with no end of sequence; each model and side in a
+process of its own. Prefill is generate() of one token, a decode step what each further token adds, the first call
 generate() of 32 tokens from 128 before anything was compiled or run; peak memory is the process's, or on a GPU the
-device's, up to the last prompt, before more rows are decoded, and in the end. Medians of the repeats are given. The
-roofs are measured in the same run: bandwidth by reading 1 GB, the matrix rate by a large product. A step at the roof
-reads every weight and the filled cache once. On a CPU that others share the bandwidth moves within seconds (41 and 73
-GB/s on a Zen 5): it is read again, from 256 MB, after each repeat of our decoding, and a share is the median of those
-of the repeats. int8 is weight-only, computed in bfloat16. The last line is JSON; with --out it is written there too,
-and a roofline plot.
+device's, up to the last prompt, before more rows are decoded, and in the end; load is drawing the weights (from a
+checkpoint: benchmarks.start). Medians of the repeats are given. The roofs are measured in the same run: bandwidth by
+reading 1 GB, on a GPU by copying it, the matrix rate by a large product. A step at the roof reads every weight and the
+filled cache once; a prefill is at the roof where it multiplies at that rate. On a CPU that others share the bandwidth
+moves within seconds (41 and 73 GB/s on a Zen 5): it is read again, from 256 MB, after each repeat of our decoding, and
+a share is the median of those of the repeats. int8 is weight-only, computed in bfloat16. The last line is JSON; with
+--out it is written there too, and a roofline plot.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.geometries import GEOMETRIES, config
+from benchmarks.setting import setting
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}
 ITEM = {"f32": 4, "bf16": 2, "int8": 1}
@@ -188,12 +188,21 @@ def reader(rows: int) -> Callable[[], float]:
     return lambda: table.nbytes / min(way() for way in ways) / 1e9
 
 
+def copier(rows: int) -> Callable[[], float]:
+    """A function that copies `rows` of 4 KB on a GPU, and gives the GB/s, those that are read and those written."""
+    import jax.numpy as jnp
+
+    table = jnp.ones((rows, 1024), jnp.float32)
+    copy = timer(lambda table: table + 1, table)  # XLA gives a mere copy back as it came
+    return lambda: 2 * table.nbytes / copy() / 1e9
+
+
 def roofs(device: str) -> dict[str, Any]:
     """What the machine can do: bytes read per second, and FLOP/s of a matrix product in each dtype."""
     import jax
     import jax.numpy as jnp
 
-    found: dict[str, Any] = {"gb_per_s": round(reader(2**18)(), 1)}
+    found: dict[str, Any] = {"gb_per_s": round(copier(2**18)() if device == "gpu" else reader(2**18)(), 1)}
     n = 8192 if device == "gpu" else 2048
     for name in ("f32", "bf16"):
         x = jnp.ones((n, n), DTYPES[name])
@@ -202,12 +211,29 @@ def roofs(device: str) -> dict[str, Any]:
     return found | {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
 
 
-def step_bytes(model: str, dtype: str, batch: int, context: int) -> int:
-    """Bytes that a decode step must read: weights, and the filled cache in the dtype of the arithmetic."""
+def weights_of(model: str) -> tuple[int, int]:
+    """How many weights the layers of a model multiply with, and its head."""
     hidden, wide, layers, heads, kv_heads, vocabulary, _ = GEOMETRIES[model]
     kv = kv_heads * hidden // heads
-    weights = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * wide) + vocabulary * hidden
-    return weights * ITEM[dtype] + 2 * layers * kv * batch * context * max(ITEM[dtype], 2)
+    return layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * wide), vocabulary * hidden
+
+
+def step_bytes(model: str, dtype: str, batch: int, context: int) -> int:
+    """Bytes that a decode step must read: weights, and the filled cache in the dtype of the arithmetic."""
+    hidden, _, layers, heads, kv_heads, *_ = GEOMETRIES[model]
+    cache = 2 * layers * kv_heads * hidden // heads * batch * context
+    return sum(weights_of(model)) * ITEM[dtype] + cache * max(ITEM[dtype], 2)
+
+
+def needed_flops(model: str, phase: str, batch: int, length: int) -> int:
+    """FLOPs of the products of a prefill, of whose tokens the last alone has logits, or of a decode step.
+
+    Attention is of each token with those before it and itself.
+    """
+    hidden, _, layers, *_ = GEOMETRIES[model]
+    tokens, seen = (length, length * (length + 1) // 2) if phase == "prefill" else (1, length)
+    in_layers, in_head = weights_of(model)
+    return batch * (2 * tokens * in_layers + 2 * in_head + 4 * layers * hidden * seen)
 
 
 @contextmanager
@@ -252,6 +278,10 @@ def table(results: list[dict[str, Any]], roof: dict[str, Any]) -> list[str]:
                 size = step_bytes(result["model"], result["dtype"], *map(int, case.split("x")))
                 share = size / (value / 1e3) / 1e9 / mine.get(f"gb_per_s_{case}", roof["gb_per_s"])
                 line += f"  {share:4.0%} of the bandwidth"
+            if name.startswith("prefill_ms") and isinstance(value, float):
+                flops = needed_flops(result["model"], "prefill", *map(int, name.rsplit("_", 1)[1].split("x")))
+                rate = roof[f"tflops_{'f32' if result['dtype'] == 'f32' else 'bf16'}"]
+                line += f"  {flops / (value / 1e3) / 1e12 / rate:4.0%} of the matrix rate"
             lines.append(line)
     return lines
 
@@ -275,9 +305,8 @@ def plot(results: list[dict[str, Any]], roof: dict[str, Any], path: Path) -> Non
                 if "_ms_" not in name or not isinstance(value, float):
                     continue
                 batch, length = map(int, name.rsplit("_", 1)[1].split("x"))
-                tokens = batch * (length if name.startswith("prefill") else 1)
                 size = step_bytes(result["model"], result["dtype"], batch, length)
-                flops = 2 * tokens * step_bytes(result["model"], result["dtype"], 0, 0) / ITEM[result["dtype"]]
+                flops = needed_flops(result["model"], name.partition("_")[0], batch, length)
                 points.append((flops / size, flops / (value / 1e3)))
             if points:
                 axes.loglog(*zip(*points, strict=True), "o", label=f"{result['model']} {result['dtype']} {side}")
@@ -330,16 +359,13 @@ def main() -> None:
             results.append({"model": model, "dtype": dtype, "sides": sides})
             print(json.dumps(results[-1]), file=sys.stderr)
     print(f"roofs: {roof}", *table(results, roof), sep="\n")
-    names = ("flaxqwen", "jax", "flax", "torch", "transformers")
-    setting = {"date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine()}
-    setting["versions"] = {name: importlib.metadata.version(name) for name in names}
-    report = {"benchmark": "run", "device": arguments.device, **setting, "roofs": roof, "results": results}
+    report = {"benchmark": "run", "device": arguments.device, **setting(), "roofs": roof, "results": results}
+    print(json.dumps(report), flush=True)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         stem = f"{arguments.device}-{arguments.dtypes.replace(',', '-')}"
         (arguments.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
         plot(results, roof, arguments.out / f"{stem}.png")
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import jax
 
 from benchmarks.geometries import config
 from benchmarks.run import DTYPES
+from benchmarks.setting import setting
 from flaxqwen import AutoModelForCausalLM
 
 # Arguments: the side, the folder, the prompt's tokens, new tokens.
@@ -124,8 +124,7 @@ def main() -> None:
             f"{result['cold_first_token_s']:.2f} s, {result['cold_peak_bytes'] / 1e9:.2f} GB; peak over "
             f"(1.15 x weights + 0.7 GB): {result['peak_over_goal']:.2f}"
         )
-    versions = {name: version(name) for name in ("jax", "torch", "transformers")}
-    print(json.dumps({"benchmark": "start", "model": arguments.model, "results": results, **versions}))
+    print(json.dumps({"benchmark": "start", "model": arguments.model, **setting(), "results": results}))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ class Program:
     fits: whether all of it is in the chip's HBM. seconds: of compiling.
     collectives: operation -> [how many, bytes of their results] of one step, those of hidden size; small: the others.
     copies: copies and transposes of LARGE_COPY bytes or more. These three: None where libtpu does not show the program.
-    step_seconds: the roofline: the slower of HBM and matrix units, and the links. bound: which of them is the slowest.
+    step_seconds: the roofline: the slower of HBM and matrix units, and the links; None: the compiler itself found that
+      it does not fit. bound: which of them is the slowest.
     tokens_per_second: of the whole batch.
     """
 
@@ -87,7 +88,7 @@ class Program:
     collectives: dict[str, list[int]] | None
     small: dict[str, list[int]] | None
     copies: dict[str, list[int]] | None
-    step_seconds: float
+    step_seconds: float | None
     bound: str
     tokens_per_second: float
 
@@ -241,7 +242,7 @@ def _compile(made: Plan, lowered: Any, tokens: int) -> Program:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Program(0, 0, 0, 0, False, time.perf_counter() - start, {}, {}, {}, math.inf, "memory", 0.0)
+        return Program(0, 0, 0, 0, False, time.perf_counter() - start, {}, {}, {}, None, "memory", 0.0)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes

@@ -128,8 +128,8 @@ class _AutoModel:
           mesh_axes: axes of the mesh, by logical axis, over sharding.LOGICAL_AXES.
           quantize: "int8" or "int4" quantizes the weights while they load (see convert/quantize.py); norms, biases
             and arithmetic keep dtype. A checkpoint that is quantized already stays so.
-          attention_implementation: "xla", "splash", ... or by kind of call, {"prefill": "cudnn"}; default: the table of
-            ops/dispatch.py, where each says what it serves.
+          attention_implementation: "xla"; "splash" and "paged" on TPUs, "cudnn", "tokamax" and "pallas" on GPUs,
+            "native" and "blocks" on CPUs; or by kind of call, {"prefill": "cudnn"}; default: as ops/dispatch.py has it.
           overrides: fields of the config, such as num_labels=3; rope_parameters without rope_theta keeps the config's.
 
         Returns:

@@ -120,7 +120,7 @@ def table_rows(programs: list[dict[str, Any]], layers: int) -> dict[str, list[st
         "fits": ["yes" if p["fits"] else "NO" for p in programs],
         "collectives": [collectives_text(p["collectives"], layers) for p in programs],
         "large copies": ["not shown" if p["copies"] is None else str(count(p["copies"])) for p in programs],
-        "roofline": [f"{p['step_seconds'] * 1e3:.2f} ms, {p['bound']}" for p in programs],
+        "roofline": ["-" if (s := p["step_seconds"]) is None else f"{s * 1e3:.2f} ms, {p['bound']}" for p in programs],
         "tokens/s": [f"{p['tokens_per_second']:,.0f}" for p in programs],
         "compiled in": [f"{p['seconds']:.0f} s" for p in programs],
     }

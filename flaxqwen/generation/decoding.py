@@ -125,7 +125,9 @@ def make_pace(model: CausalLM, steps: int, began: float = 0.0) -> Pace:
 def run(
     model: CausalLM, request: Inputs, options: ResolvedConfig, control: Control, cache: KVCache | None = None
 ) -> Iterator[tuple[loop.StepOutput, KVCache]]:
-    """The host's part of the loop: dispatch programs, read their results one program late, stop in time.
+    """The host's part of the loop: dispatch programs, read their results, stop in time.
+
+    On an accelerator results are read one program late, while the next one runs; see CHUNK.
 
     Yields:
       StepOutput of numpy arrays, [steps, B, ...], cut at the step that ends the last row, and the cache, which is valid

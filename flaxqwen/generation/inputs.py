@@ -233,6 +233,11 @@ def cached_length(cache: KVCache | None, ids: np.ndarray) -> int:
         return 0
     if not isinstance(cache, KVCache):
         raise ValueError(f"past_key_values must be a KVCache, of forward or generate(), found {type(cache).__name__}")
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+        raise ValueError(
+            "past_key_values was given to an earlier call, which has gone on in its memory: take the cache of that "
+            "call's result, or give each call a copy, jax.tree.map(jnp.copy, past_key_values)"
+        )
     lengths = np.unique(jax.device_get(cache.length))
     if len(jax.device_get(cache.length)) != len(ids) or len(lengths) != 1:
         raise ValueError(

@@ -19,9 +19,10 @@ from flaxqwen.ops.linear import block_of_rows
 # Large and finite: a row with every slot masked gives a uniform softmax, as in PyTorch, and never NaN.
 MASKED = float(jnp.finfo(jnp.float32).min)
 
-# Queries are taken in blocks of this many when there are more than twice as many, so that the scores of a long prompt
-# never stand in memory whole: 8,192 tokens of a 7B take 0.94 GB in blocks of 512, 17 GB at once.
-QUERY_BLOCK = 512
+# Queries are taken in blocks of this many when there are more than twice as many, and of fewer where a head would have
+# more scores than MOST_SCORES, so that those of a long prompt never stand in memory whole: 8,192 tokens of a 7B take
+# 0.94 GB in blocks of 512, 17 GB at once; 32,768 as much in blocks of 128.
+QUERY_BLOCK, MOST_SCORES = 512, 512 * 8192
 
 # Queries, and slots, of a block of attend_to_seen_blocks. A layer of 0.5B, 1,024 tokens on 2 cores of a Zen 5: 10 ms;
 # 10.5 in blocks of 256, 17 of 64; 87 by attend. Fewer scores of a head are not worth the loops.
@@ -145,20 +146,20 @@ def attend_in_blocks(
     window: int | None = None,
     scales: Scales | None = None,
 ) -> jax.Array:
-    """`attend` for long prompts, QUERY_BLOCK queries at a time and without the weights: [B, T, N, H].
+    """`attend` for long prompts, at most QUERY_BLOCK queries at a time and without the weights: [B, T, N, H].
 
     In a gradient the scores of each block are computed again: those of 2,048 tokens of a 7B are 0.47 GB a row.
     """
-    T = query.shape[1]
-    if T <= 2 * QUERY_BLOCK:
+    T, most = query.shape[1], max(min(QUERY_BLOCK, MOST_SCORES // key.shape[2]), 1)
+    if 2 * most >= T:
         return attend(query, key, value, visibility, window, scales)[0]
 
-    def block(start: jax.Array | int, size: int = QUERY_BLOCK) -> jax.Array:
+    def block(start: jax.Array | int, size: int = most) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(query, start, size, axis=1)
         return attend(part, key, value, visibility.block(start, size), window, scales)[0]
 
-    whole = T - T % QUERY_BLOCK
-    blocks = jax.lax.map(jax.checkpoint(block), jnp.arange(0, whole, QUERY_BLOCK))  # [blocks, B, QUERY_BLOCK, N, H]
+    whole = T - T % most
+    blocks = jax.lax.map(jax.checkpoint(block), jnp.arange(0, whole, most))  # [blocks, B, most, N, H]
     output = jnp.moveaxis(blocks, 0, 1).reshape(query.shape[0], whole, *query.shape[2:])
     if whole == T:
         return output

@@ -36,10 +36,10 @@ class Attention:
 
 # What a platform has unless attention_implementation says otherwise. That of TPUs is by the compiler's figures for v6e:
 # 1,024 tokens over 8,192 slots, in one layer of a 7B and the head, take 40 MB of temporaries and not 948 (0.5B: 1.7 and
-# 473). Decoding is plain there, and no kernel for GPUs is a default: those are there by name, and none has been timed
-# yet. On a CPU our kernels: a layer of 0.5B and 1,024 tokens of bfloat16 takes 3.3 ms, in blocks 25, 4,096 tokens 45
-# and 320 (float32 9.5 and 27; 113 and 348; AMX), and a decoding step of 8 rows of 180 tokens 85 us, plainly 290 (Zen
-# 5).
+# 473). Decoding is plain there: a step of 7B takes 19 MB so and 24 by "paged", of 64 rows 20 and 36, and heads may be
+# of any size, and rows padded. No kernel for GPUs is a default: none has been timed yet. On a CPU our kernels: a layer
+# of 0.5B and 1,024 tokens of bfloat16 takes 3.3 ms, in blocks 25, 4,096 tokens 45 and 320 (float32 9.5 and 27; 113 and
+# 348; AMX), and a decoding step of 8 rows of 180 tokens 85 us, plainly 290 (Zen 5).
 DEFAULTS = {"cpu": Attention(decode="native", prefill="native"), "gpu": Attention(), "tpu": Attention(prefill="splash")}
 PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}  # as devices call themselves
 

@@ -137,7 +137,7 @@ def paged(
     end = jnp.repeat(jnp.broadcast_to(visibility.query_slot[:, 0] + 1, (B,)), K)
     scaled = query.astype(jnp.float32).reshape(B * K, N // K, H) * H**-0.5
     heads = (scaled, *(a.reshape(1, B * K * S // size, size, H) for a in (key, value)))
-    # Nor is this kernel compiled at a precision beyond its own.
+    # Mosaic does not compile its products of float32 and bfloat16 at another precision, which a user may have set.
     with pallas.force_tpu_interpret_mode() if interpret else nullcontext(), jax.default_matmul_precision("default"):
         output = paged_attention(*heads, end, pages, pages_per_compute_block=1)
     return output.reshape(B, 1, N, H).astype(query.dtype)
@@ -171,11 +171,11 @@ def tokamax(
     visibility: Visibility,
     window: int | None,
     interpret: bool,
-    implementation: Any = None,
+    implementation: Any = ("mosaic", "triton"),
 ) -> jax.Array:
-    """tokamax.dot_product_attention, which runs the first of its kernels that is for the GPU: Mosaic's or Triton's.
+    """tokamax.dot_product_attention, of whose kernels the first runs that is for the GPU. It has no interpreter.
 
-    It has no interpreter: `interpret` is ignored.
+    Its own default would fall back to XLA, whose scores would be whole.
     """
     from absl import flags
     from tokamax import dot_product_attention  # before its options are set
@@ -206,7 +206,7 @@ def _by_a_library(
 
 
 def dot_product_serves(query: jax.Array, key: jax.ShapeDtypeStruct, visibility: Visibility, window: int | None) -> bool:
-    """Half precision, and heads that cuDNN takes, as the others do."""
+    """Half precision, and heads that cuDNN takes; tokamax's kernels take them, too."""
     return query.dtype.itemsize == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 128
 
 
