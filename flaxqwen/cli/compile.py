@@ -108,7 +108,8 @@ def print_report(name: str, found: dict[str, Any]) -> None:
             f"\nThe encoder, over {encoder['clips']} clips of 30 s, {fits} beside it all: "
             f"{format_bytes(encoder['temporaries'])} of temporaries, {encoder['step_seconds'] * 1e3:.2f} ms at least."
         )
-    console.print(f"\nPrefill is a chunk of {found['prefill_tokens']:,} tokens a row, decode one step of every row.")
+    chunk = f"{found['prefill_tokens']:,} tokens a row (generate's prefill_chunk_size)"
+    console.print(f"\nPrefill is a chunk of {chunk}, decode one step of every row.")
 
 
 def table_rows(programs: list[dict[str, Any]], layers: int) -> dict[str, list[str]]:

@@ -359,21 +359,24 @@ def test_a_second_process_compiles_nothing(random_model: Path, tmp_path: Path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMP")} | {
         "XDG_CACHE_HOME": str(tmp_path)
     }
-    command = [sys.executable, "-c", COUNTED, "generate", str(random_model), "--ids", "1 2 3", *GREEDY]
-    counts = []
-    for _ in range(2):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    words = ["generate", str(random_model), "--ids", "1 2 3", *GREEDY]
+    counted, installed = [sys.executable, "-c", COUNTED], [str(Path(sys.executable).parent / "flaxqwen")]
+
+    def run(command: list[str], **changes: str) -> str:
+        environ = environment | changes
+        done = subprocess.run(command + words, env=environ, capture_output=True, text=True, check=True)
         assert done.stderr == ""
-        counts.append(tuple(map(int, done.stdout.splitlines()[-1].split())))
-    (code, hits, misses), again = counts
-    assert (code, hits) == (0, 0)
-    assert misses >= 2
-    assert again == (0, misses, 0)
-    assert any((tmp_path / "flaxqwen" / "compiled").iterdir())
-    elsewhere = environment | {"XDG_CACHE_HOME": str(tmp_path / "other"), "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    done = subprocess.run(command, env=elsewhere, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "0 0 0"
+        return done.stdout
+
+    off = {"XDG_CACHE_HOME": str(tmp_path / "other"), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    run(installed, **off)
     assert not (tmp_path / "other").exists()
+    run(installed)
+    compiled = {path.name for path in (tmp_path / "flaxqwen" / "compiled").iterdir()}
+    code, hits, misses = map(int, run(counted).splitlines()[-1].split())
+    assert (code, misses) == (0, 0)
+    assert hits >= 2
+    assert {path.name for path in (tmp_path / "flaxqwen" / "compiled").iterdir()} == compiled
 
 
 def test_adapter(run: Run, random_model: Path, tmp_path: Path):

@@ -156,7 +156,11 @@ def test_continuing_from_a_cache(rng, tiny_models):
     assert np.asarray(first.past_key_values.length).tolist() == [14, 14]
     longer = np.concatenate([first.sequences, random_ids(rng, (2, 5))], axis=1)
     want = np.asarray(mine.generate(longer, max_new_tokens=8))
-    np.testing.assert_array_equal(mine.generate(longer, max_new_tokens=8, past_key_values=first.past_key_values), want)
+    cache = jax.tree.map(jnp.copy, first.past_key_values)
+    for past in (cache, first.past_key_values):
+        np.testing.assert_array_equal(mine.generate(longer, max_new_tokens=8, past_key_values=past), want)
+        with pytest.raises(ValueError, match="past_key_values was given to an earlier call"):
+            mine.generate(longer, max_new_tokens=8, past_key_values=past)
 
 
 def test_continuing_past_the_capacity_and_in_several_ways(rng, tiny_models):
@@ -235,7 +239,8 @@ def test_tokens_do_not_depend_on_chunks(platform_chunk, rng, tiny_models, monkey
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_programs_are_dispatched_before_the_last_is_read(ahead, rng, tiny_models, monkeypatch):
-    """A device that others wait for has the next program when one ends: so many are not read yet."""
+    """An accelerator has its next program when one ends: so many are dispatched beyond the one that is read."""
+    assert decoding.DEFAULT_CHUNK[1] >= 1
     _, mine = tiny_models
     events = []
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokamax
 from jax.experimental import pallas
 
 from flaxqwen import AutoModelForCausalLM, Qwen2Config
 from flaxqwen.cache import init_cache
+from flaxqwen.ops import attention as ops_attention
 from flaxqwen.ops import cpu_kernels, kernels
 from flaxqwen.ops.attention import Visibility, attend_in_blocks, attend_to_seen_blocks
 from flaxqwen.ops.dispatch import DEFAULTS, Attention, choose_attention
@@ -73,23 +73,37 @@ def test_splash_sums_in_float32(rng):
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("padded", [None, [0, 30]])
 @pytest.mark.parametrize(("start", "slots"), [(0, T), (200, S)])
-@pytest.mark.parametrize("ask", [kernels.dot_product, kernels.tokamax])
-def test_dot_product(rng, ask, start, slots, padded, window):
+@pytest.mark.parametrize("library", ["jax.nn", "tokamax"])
+def test_dot_product(rng, library, start, slots, padded, window):
     """How cuDNN is asked, and tokamax, answered by XLA: another implementation of each, of the same call."""
+    pytest.importorskip(library, reason="an extra of its own: pip install flaxqwen[tokamax]")
+    ask = {"jax.nn": kernels.dot_product, "tokamax": kernels.tokamax}[library]
     visibility = Visibility(slots_from(start), None if padded is None else left_padding(padded, slots))
     heads = heads_of(rng, 4, slots=slots)
     with jax.default_matmul_precision("highest"):
         got = ask(*heads, visibility, WINDOWS[window], interpret=False, implementation="xla")
     real = np.arange(start, start + T)[None] >= np.asarray(padded or [0, 0])[:, None]
     close(got, exact(*heads, visibility, WINDOWS[window]), relative=1e-6, where=real)
+    assert np.isfinite(np.asarray(got)).all()
 
 
-CPU_FOR_GPU = partial(tokamax.config.cross_compile, True)
+uses_what_moved = pytest.mark.filterwarnings(
+    "ignore:jax.experimental.pallas.dot was moved:DeprecationWarning"
+)  # tokamax
+
+
+@pytest.fixture
+def cpu_for_gpu():
+    """tokamax takes this CPU for a GPU."""
+    tokamax = pytest.importorskip("tokamax", reason="an extra of its own: pip install flaxqwen[tokamax]")
+    with tokamax.config.cross_compile(True):
+        yield
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("start", "slots", "padded"), [(0, T, [0, 30]), (200, S, None), (200, S, [0, 230])])
-@pytest.mark.filterwarnings("ignore:jax.experimental.pallas.dot was moved:DeprecationWarning")  # tokamax uses it
+@uses_what_moved
+@pytest.mark.usefixtures("cpu_for_gpu")
 def test_tokamax(rng, start, slots, padded, window, monkeypatch):
     """Its kernel for GPUs, by Triton, interpreted. Where it forms the mask itself JAX's interpreter does not run it."""
     calls, run = [], pallas.pallas_call
@@ -101,22 +115,32 @@ def test_tokamax(rng, start, slots, padded, window, monkeypatch):
     monkeypatch.setattr(pallas, "pallas_call", interpreted)
     visibility = Visibility(slots_from(start), None if padded is None else left_padding(padded, slots))
     heads = heads_of(rng, 4, slots=slots)
-    with CPU_FOR_GPU(), jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"):
         got = kernels.tokamax(*heads, visibility, WINDOWS[window], interpret=False, implementation="triton")
     assert calls
     real = np.arange(start, start + T)[None] >= np.asarray(padded or [0, 0])[:, None]
     close(got, exact(*heads, visibility, WINDOWS[window]), relative=1e-6, where=real)
+    assert np.isfinite(np.asarray(got)).all()
 
 
 @pytest.mark.parametrize(("run", "tokens"), [(kernels.tokamax, T), (kernels.decode, 1)])
 @pytest.mark.parametrize("window", WINDOWS)
+@uses_what_moved
+@pytest.mark.usefixtures("cpu_for_gpu")
 def test_lowered_for_gpus(rng, run, tokens, window):
-    """The kernels themselves, for a platform that is not here."""
+    """The kernels themselves, and the derivatives of those that have them, for a platform that is not here."""
     heads = heads_of(rng, 4, tokens, slots=256 if tokens == 1 else T, dtype=jnp.bfloat16, width=64)
     visibility = Visibility(slots_from(0, tokens))
-    with CPU_FOR_GPU():
-        program = jax.jit(partial(run, window=WINDOWS[window], interpret=False)).trace(*heads, visibility)
-        assert "@__gpu$xla.gpu.triton(" in program.lower(lowering_platforms=("cuda",)).as_text()
+
+    def kernels_of(call):
+        program = jax.jit(call).trace(*heads)
+        return program.lower(lowering_platforms=("cuda",)).as_text().count("@__gpu$xla.gpu.triton(")
+
+    attend = partial(run, visibility=visibility, window=WINDOWS[window], interpret=False)
+    forward = kernels_of(attend)
+    assert forward >= 1
+    if tokens > 1:
+        assert kernels_of(jax.grad(lambda *heads: attend(*heads).astype(jnp.float32).sum(), (0, 1, 2))) > forward
 
 
 @pytest.mark.parametrize("groups", [1, 7])
@@ -254,7 +278,19 @@ def kernels_in(model, ids, **inputs):
     """How many kernels a forward over a cache runs."""
     cache = model(ids[:, :1], use_cache=True).past_key_values.grow(512)
     run = partial(model.module.apply, past_key_values=cache, **inputs)
-    return str(jax.make_jaxpr(run)(model.variables, ids)).count("pallas_call")
+    return pallas_calls(jax.make_jaxpr(run)(model.variables, ids).jaxpr)
+
+
+def pallas_calls(jaxpr):
+    """How many calls of Pallas' kernels a program has, with those of the functions that it calls."""
+    inner = [
+        getattr(value, "jaxpr", value)
+        for equation in jaxpr.eqns
+        if equation.primitive.name != "pallas_call"
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns"))
+    ]
+    own = sum(equation.primitive.name == "pallas_call" for equation in jaxpr.eqns)
+    return own + sum(pallas_calls(each) for each in inner if hasattr(each, "eqns"))
 
 
 def test_what_is_not_served_is_plain(rng, model):
@@ -269,6 +305,57 @@ def test_what_is_not_served_is_plain(rng, model):
     assert kernels_in(model, aligned) == 0
     by_pages = with_attention(model, Attention(decode="paged", interpret=True))
     assert kernels_in(by_pages, random_ids(rng, (1, 1))) == 0  # float32, heads of 16
+
+
+@pytest.mark.parametrize(
+    ("attention", "tokens"),
+    [
+        (Attention(prefill="splash"), 128),
+        (Attention(prefill="tokamax"), 128),
+        (Attention(whole="tokamax"), 128),
+        (Attention(decode="paged"), 1),
+        (Attention(decode="pallas"), 1),
+    ],
+    ids=["splash", "tokamax", "tokamax-whole", "paged", "pallas"],
+)
+@uses_what_moved
+@pytest.mark.usefixtures("cpu_for_gpu")
+def test_kernels_run_where_they_serve(rng, attention, tokens):
+    """Each in every layer of a model of bfloat16 with heads of 128, and in none for the other kinds of call."""
+    config = Qwen2Config.from_dict(tiny(head_dim=128, max_position_embeddings=512, torch_dtype="bfloat16"))
+    model = with_attention(AutoModelForCausalLM.from_config(config, seed=2), attention)
+    for count in (1, 128):
+        for is_whole in (False, True):
+            ids = random_ids(rng, (1, count))
+            run = partial(model.module.apply, use_cache=False) if is_whole else model.module.apply
+            past = {} if is_whole else {"past_key_values": init_cache(config, 1, 512, jnp.bfloat16)}
+            found = pallas_calls(jax.make_jaxpr(partial(run, **past))(model.variables, ids).jaxpr)
+            serves = is_whole if attention.whole != "xla" else count == tokens and not is_whole
+            assert found == (config.num_hidden_layers if serves else 0), (count, is_whole)
+
+
+def test_scores_do_not_grow_with_the_slots(rng):
+    """1,024 tokens over 32,768 slots have as many at a time as over 8,192; over these all that there are."""
+    sizes = []
+    for slots in (8192, 32768):
+        heads = [
+            jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (jnp.zeros((1, 1024, 4, H)), jnp.zeros((1, 2, slots, H)))
+        ]
+        run = jax.jit(lambda query, key, slots: attend_in_blocks(query, key, key, Visibility(slots)))
+        lowered = run.lower(*heads, jax.ShapeDtypeStruct((1, 1024), jnp.int32))
+        sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    scores = 4 * 1024 * 8192 * 4
+    assert scores <= sizes[0]
+    assert sizes[1] <= sizes[0] + scores / 8
+
+
+def test_few_queries_at_a_time(rng, monkeypatch):
+    """Blocks of 11 queries, and a rest."""
+    monkeypatch.setattr(ops_attention, "MOST_SCORES", 11 * S)
+    visibility, heads = Visibility(slots_from(200), left_padding([0, 230])), heads_of(rng, 4)
+    got = attend_in_blocks(*heads, visibility, 70)
+    real = np.arange(200, 200 + T)[None] >= np.asarray([0, 230])[:, None]
+    close(got, exact(*heads, visibility, 70), relative=1e-6, where=real)
 
 
 @pytest.mark.parametrize("prefill", ["native", "blocks"])
