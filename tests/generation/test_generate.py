@@ -310,12 +310,12 @@ def test_a_hundred_prompt_lengths_compile_at_most_twelve_programs(tiny_models):
 KEEP = {"keep_scores": False, "keep_logits": False}
 
 
-def begin(mine, ids, new_tokens, ends=()):
+def begin(mine, ids, new_tokens, ends=(), **options):
     """A state after prefill, and how tokens are chosen."""
     from flaxqwen.generation.config import resolve
 
     B, P = ids.shape
-    options = {"max_new_tokens": new_tokens}
+    options |= {"max_new_tokens": new_tokens}
     options = resolve(GenerationConfig(), None, options, input_length=P, max_position_embeddings=2048)
     request = inputs.Inputs(ids, np.ones((B, P), bool))
     control = decoding.Control(Stopping(eos_token_id=tuple(ends), fills=bool(ends)))
@@ -357,6 +357,17 @@ def test_the_cache_is_updated_in_place(implementation, wanted, rows, tiny_models
     assert not re.search(re.escape(shape) + r"\S* copy\(", text)
     if attention.decode == "native" and cpu_kernels.INSTRUCTIONS is not None:
         assert text.count(" while(") == 1
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_sampled_step_sorts_nothing(rows, tiny_models):
+    """Qwen's own options: the whole program has no sort."""
+    _, mine = tiny_models
+    own = {"do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.1, "seed": 0}
+    state, choice = begin(mine, np.ones((rows, 6), np.int32), 8, **own)
+    assert len(choice.processors) == 4
+    program = loop.decode.lower(mine.module, mine.variables, state, choice, np.int32(3), steps=4, **KEEP).compile()
+    assert " sort(" not in program.as_text()
 
 
 def test_steps_that_nobody_wants_are_not_run(rng, tiny_models):

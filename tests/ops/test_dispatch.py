@@ -433,6 +433,27 @@ def test_native_where_it_is_for(rng):
     assert native_calls(module, model.variables, two, past_key_values=part)[0] == [0, 0]
 
 
+@pytest.mark.parametrize("name", ["xla", "native"])
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_slots_beyond_the_bound_are_not_read(rng, name, tokens):
+    """NaN there, which a mask would not keep out of a sum, changes nothing: rows at one slot, and at their own."""
+    config = Qwen2Config.from_dict(tiny(head_dim=16))
+    model = AutoModelForCausalLM.from_config(config, seed=2)
+    module = model.module.clone(attention=Attention(decode=name, prefill=name))
+    first, ids = random_ids(rng, (2, 120)), random_ids(rng, (2, tokens))
+    empty = init_cache(config, 2, 1024, np.float32)
+    cache = module.apply(model.variables, first, past_key_values=empty).past_key_values
+    layers = jax.tree.map(lambda a: a.at[:, :, 256:].set(jnp.nan), cache.layers)
+    for length in ([120], [120, 40]):
+        past = cache.replace(length=jnp.asarray(length), bound=256)
+        want, got = (
+            module.apply(model.variables, ids, past_key_values=past.replace(layers=each)).logits
+            for each in (cache.layers, layers)
+        )
+        np.testing.assert_array_equal(got, want)
+        assert np.isfinite(np.asarray(got)).all()
+
+
 def test_native_without_kernels(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "INSTRUCTIONS", None)
     assert choose_attention(None, "cpu") == DEFAULTS["cpu"]  # what it cannot is in blocks, or plain
