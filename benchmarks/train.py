@@ -23,9 +23,9 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from typing import Any
 
+from benchmarks.setting import setting
 from flaxqwen.allocator import keep_freed_memory
 
 # numpy, jax and torch are imported by the functions: the allocator is to be set before.
@@ -125,9 +125,8 @@ def main() -> None:
         print(f"{name:>12}: {rate}, peak {peak:.1f} GB, first step {first:.1f} s")
     ratio = medians["transformers"] / medians["flaxqwen"]
     print(f"their time over ours: {ratio:.2f}")
-    setting = {name: version(name) for name in ("jax", "torch", "transformers")}
-    setting["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", "")
-    print(json.dumps({"benchmark": "train", **vars(arguments), "ratio": ratio, "results": found, **setting}))
+    conditions = setting() | {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
+    print(json.dumps({"benchmark": "train", **vars(arguments), **conditions, "ratio": ratio, "results": found}))
 
 
 if __name__ == "__main__":
